@@ -1,0 +1,1 @@
+"""The `mmfoundry` command and the scripts that `deepspeed`, `torchrun` and `srun` start."""

