@@ -1,0 +1,1 @@
+"""Vision and text towers, CLIP, connectors, vision-language models; objectives, adapters; conversions."""

@@ -1,0 +1,1 @@
+"""Weights and configs to and from open_clip, transformers and peft."""

@@ -1,0 +1,113 @@
+"""A CLIP on disk, our own layout: `config.json` (what it is, and the seed it started from), `model.safetensors`."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save
+from torch import Tensor
+
+from mmfoundry.models.clip import CLIP, ClipConfig
+from mmfoundry.pipeline.artifact import write_atomic
+from mmfoundry.pipeline.config import parse
+from mmfoundry.pipeline.errors import DamagedInput, MissingInput
+
+CONFIG_FILE = "config.json"
+WEIGHTS_FILE = "model.safetensors"
+FORMAT = "mmfoundry.clip"
+
+
+def save_clip(
+    model: CLIP, folder: str | Path, *, seed: int | None = None, state: dict[str, Tensor] | None = None
+) -> None:
+    """Write a model into a folder, each file whole or not at all.
+
+    Args:
+        model: what to write; its dtype is kept.
+        folder: made if it is not there.
+        seed: of the weights it started from (`CLIP.from_seed`), so that evaluations can rebuild the untrained model;
+            None where it did not start from a seed.
+        state: weights by parameter name, where they are not (all) in `model` itself, as under ZeRO-3.
+
+    Raises:
+        NotEnoughSpace: the disk is full.
+    """
+    folder = Path(folder)
+    tensors = {name: value.detach().cpu().contiguous() for name, value in (state or model.state_dict()).items()}
+    write_atomic(folder / WEIGHTS_FILE, save(tensors, metadata={"format": "pt"}))
+    record = {"format": FORMAT, "init_seed": seed, "model": model.config.model_dump(mode="json")}
+    write_atomic(folder / CONFIG_FILE, json.dumps(record, indent=2) + "\n")
+
+
+def load_clip(folder: str | Path) -> CLIP:
+    """Read a model that `save_clip` wrote, on the CPU, in evaluation mode.
+
+    Raises:
+        MissingInput: a file is not there.
+        DamagedInput: a file cannot be read, or the weights do not fit the config.
+    """
+    folder = Path(folder)
+    _, config = _read_config(folder)
+    weights = folder / WEIGHTS_FILE
+    if not weights.is_file():
+        raise MissingInput(f"{weights}: no such file; run the stage that trains this model")
+    try:
+        state = load_file(weights)
+    except SafetensorError as error:
+        raise DamagedInput(f"{weights}: not a whole safetensors file ({error}); make it anew") from error
+    with torch.device("meta"):
+        model = CLIP(config)
+    check_fit(model, state, str(weights))
+    model.load_state_dict(state, assign=True)
+    return model.requires_grad_(True).eval()
+
+
+def untrained_clip(folder: str | Path) -> CLIP:
+    """The model in a folder as it was before training: same config, same seed; on the CPU, in evaluation mode.
+
+    Raises:
+        MissingInput: there is no config, or the model did not start from a seed.
+        DamagedInput: the config cannot be read.
+    """
+    folder = Path(folder)
+    record, config = _read_config(folder)
+    if record.get("init_seed") is None:
+        raise MissingInput(f"{folder / CONFIG_FILE}: init_seed is not set, so the untrained model is not known")
+    return CLIP.from_seed(config, record["init_seed"]).eval()
+
+
+def check_fit(model: torch.nn.Module, state: dict[str, Tensor], source: str) -> None:
+    """Compare names and shapes of weights with a model's.
+
+    Raises:
+        DamagedInput: the first few that are missing, unknown or of another shape.
+    """
+    wanted = model.state_dict()
+    missing = [f"{name} is missing" for name in wanted if name not in state]
+    unknown = [f"{name} is not known" for name in state if name not in wanted]
+    shapes = [
+        f"{name} is {tuple(state[name].shape)}, not {tuple(value.shape)}"
+        for name, value in wanted.items()
+        if name in state and state[name].shape != value.shape
+    ]
+    problems = [*missing, *unknown, *shapes]
+    if problems:
+        more = f" (and {len(problems) - 3} more)" if len(problems) > 3 else ""
+        raise DamagedInput(f"{source}: the weights do not fit the config: {'; '.join(problems[:3])}{more}")
+
+
+def _read_config(folder: Path) -> tuple[dict[str, Any], ClipConfig]:
+    file = folder / CONFIG_FILE
+    if not file.is_file():
+        raise MissingInput(f"{file}: no such file; a CLIP's folder holds {CONFIG_FILE} and {WEIGHTS_FILE}")
+    try:
+        record = json.loads(file.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise DamagedInput(f"{file}: not JSON ({error})") from error
+    if not isinstance(record, dict) or record.get("format") != FORMAT or not isinstance(record.get("model"), dict):
+        raise DamagedInput(f"{file}: not the config of one of our CLIPs (format is not {FORMAT!r})")
+    return record, parse(ClipConfig, record["model"], source=file, prefix="model")
