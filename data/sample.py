@@ -1,0 +1,106 @@
+"""What the loader hands on: a sample as bytes (`RawSample`) and as the pipeline's own type (`Sample`)."""
+
+import json
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from mmfoundry.data.decode import DecodeLimits, UnreadableSample, decode_image
+
+IMAGE_EXTENSIONS = ("png", "jpg", "jpeg", "webp", "gif", "bmp", "tif", "tiff", "ppm", "pgm")
+
+
+@dataclass(frozen=True, slots=True)
+class RawSample:
+    """One sample as it lies in its shard.
+
+    Attributes:
+        key: member path without its extension.
+        members: payload by extension, lower case and without the dot, e.g. `{"png": b"...", "txt": b"..."}`.
+        shard: the tar that it was read from.
+    """
+
+    key: str
+    members: dict[str, bytes]
+    shard: Path
+
+
+@dataclass(slots=True)
+class Sample:
+    """One image with what is said about it.
+
+    Attributes:
+        key: unique within its shard.
+        image: uint8 (height, width, 3), RGB.
+        text: captions, in order; may be empty.
+        messages: turns `{"role": "user" | "assistant" | "system", "content": str}`; None if the sample has none.
+        meta: every other entry of the sample's JSON.
+    """
+
+    key: str
+    image: np.ndarray
+    text: list[str] = field(default_factory=list)
+    messages: list[dict[str, Any]] | None = None
+    meta: dict[str, Any] = field(default_factory=dict)
+
+
+def image_member(members: dict[str, bytes]) -> bytes | None:
+    """The payload of the sample's image, by the order of `IMAGE_EXTENSIONS`; None if it has none."""
+    for extension in IMAGE_EXTENSIONS:
+        if extension in members:
+            return members[extension]
+    return None
+
+
+def read_text(raw: RawSample) -> tuple[list[str], list[dict[str, Any]] | None, dict[str, Any]]:
+    """Captions, messages and other metadata of a sample, without decoding its image.
+
+    Captions are the JSON's `captions` where it has them, otherwise the lines of `txt`; blank ones are left out.
+
+    Raises:
+        UnreadableSample: the text is not UTF-8, the JSON is broken or not an object, or a field has the wrong type.
+    """
+    meta = _read_json(raw)
+    captions = meta.pop("captions", None)
+    messages = meta.pop("messages", None)
+    if captions is None:
+        try:
+            captions = raw.members.get("txt", b"").decode("utf-8").splitlines()
+        except UnicodeDecodeError as error:
+            raise UnreadableSample("text is not UTF-8", str(error)) from error
+    if not isinstance(captions, list) or not all(isinstance(caption, str) for caption in captions):
+        raise UnreadableSample("captions are not a list of strings")
+    if messages is not None and not (isinstance(messages, list) and all(isinstance(turn, dict) for turn in messages)):
+        raise UnreadableSample("messages are not a list of objects")
+    return [caption.strip() for caption in captions if caption.strip()], messages, meta
+
+
+def to_sample(raw: RawSample, limits: DecodeLimits | None = None) -> Sample:
+    """Decode a raw sample: `png|jpg|webp|...`, `txt` (one caption a line), `json` (`captions`, `messages`, metadata).
+
+    Args:
+        raw: the sample's bytes.
+        limits: what an image may weigh; the defaults of `DecodeLimits` if None.
+    Raises:
+        UnreadableSample: no image, or a member that cannot be read; `reason` is one of a small set of phrases.
+    """
+    data = image_member(raw.members)
+    if data is None:
+        raise UnreadableSample("no image", f"members: {', '.join(sorted(raw.members)) or 'none'}")
+    text, messages, meta = read_text(raw)
+    image = decode_image(data, limits or DecodeLimits())
+    return Sample(key=raw.key, image=image, text=text, messages=messages, meta=meta)
+
+
+def _read_json(raw: RawSample) -> dict[str, Any]:
+    if "json" not in raw.members:
+        return {}
+    try:
+        meta = json.loads(raw.members["json"])
+    except (ValueError, RecursionError) as error:  # ValueError covers both broken JSON and broken UTF-8
+        raise UnreadableSample("broken JSON", str(error)) from error
+    if not isinstance(meta, dict):
+        raise UnreadableSample("JSON is not an object", type(meta).__name__)
+    return meta

@@ -1,0 +1,233 @@
+"""Walk the members of a tar, past damage.
+
+A plain tar reader stops, often silently, at the first header that it cannot parse. This one reports the place and goes
+on at the next 512-byte block whose checksum is right. It reads headers only and never writes or follows anything.
+"""
+
+import os
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+
+BLOCK = 512  # bytes; headers and payloads start on multiples of it
+_SCAN_BYTES = 1 << 20
+_MAX_NAME_BYTES = 1 << 16  # of a PAX or GNU header that carries a long name
+_ZEROS = bytes(BLOCK)
+_REGULAR = b"0\0"
+_DIRECTORY = b"5"
+_PAX, _PAX_GLOBAL, _GNU_NAME, _GNU_LINK = b"x", b"g", b"L", b"K"
+_REFUSED = {
+    b"1": "link",
+    b"2": "link",
+    b"3": "device",
+    b"4": "device",
+    b"6": "device",
+    b"S": "sparse member",
+}
+
+
+@dataclass(frozen=True, slots=True)
+class TarMember:
+    """A regular file in a tar: its path, and where its `size` bytes of payload start."""
+
+    path: str
+    offset: int
+    size: int
+
+
+@dataclass(frozen=True, slots=True)
+class Damage:
+    """Something in a shard that cannot be used.
+
+    Attributes:
+        offset: byte of the shard at which it was found.
+        reason: one of a small set of phrases, by which damage is counted.
+        name: the member or key that it cost, as far as it is known.
+    """
+
+    offset: int
+    reason: str
+    name: str = ""
+
+
+@dataclass(slots=True)
+class _Header:
+    kind: bytes
+    path: str
+    size: int
+
+
+def walk_tar(descriptor: int, size: int) -> Iterator[TarMember | Damage]:
+    """Members and damage in order of their place.
+
+    Args:
+        descriptor: the tar, opened for reading; read by `pread`, so its own position stays.
+        size: bytes of the file.
+    Yields:
+        A `TarMember` for every regular file whose payload lies whole inside the file; a `Damage` with reason
+        "damaged header", "cut off" (a payload that ends behind the file's end, or no end marker), "link", "device",
+        "sparse member", "unknown member type", "damaged long name" or "junk after the end".
+    """
+    offset = 0
+    extension = _Extension()
+    while offset + BLOCK <= size:
+        block = os.pread(descriptor, BLOCK, offset)
+        header = parse_header(block)
+        if header is None:
+            damage, after = _recover(descriptor, offset, size, zeros=block == _ZEROS)
+            if damage is not None:
+                yield damage
+            if after is None:
+                if damage is not None and damage.reason == "damaged header" and not _ends_in_zeros(descriptor, size):
+                    yield Damage(size, "cut off")
+                return
+            offset, extension = after, _Extension()
+            continue
+        start = offset + BLOCK
+        if start + header.size > size:
+            yield Damage(offset, "cut off", extension.path or header.path)
+            after = _next_header(descriptor, start, size)
+            if after is None:
+                return
+            offset, extension = after, _Extension()
+            continue
+        if header.kind in (_PAX, _GNU_NAME):
+            extension = _read_extension(descriptor, header, start, extension)
+        elif header.kind not in (_PAX_GLOBAL, _GNU_LINK):
+            found = _meet(header, offset, extension)
+            if found is not None:
+                yield found
+            extension = _Extension()
+        offset = start + -(-header.size // BLOCK) * BLOCK
+    yield Damage(size, "cut off")
+
+
+def _recover(descriptor: int, offset: int, size: int, zeros: bool) -> tuple[Damage | None, int | None]:
+    """What a block that is no header means, and where the next header is (None: the shard ends here)."""
+    if not zeros:
+        return Damage(offset, "damaged header"), _next_header(descriptor, offset + BLOCK, size)
+    after = _next_block(descriptor, offset, size)
+    if after is None:  # the end marker
+        return None, None
+    marker = after - offset >= 2 * BLOCK
+    if marker and parse_header(os.pread(descriptor, BLOCK, after)) is not None:
+        return None, after  # tars put end to end
+    header = _next_header(descriptor, after, size)
+    if marker and header is None:
+        return Damage(after, "junk after the end"), None
+    return Damage(offset, "damaged header"), header
+
+
+def parse_header(block: bytes) -> _Header | None:
+    """Read a 512-byte header; None if it is not one: wrong checksum, a size that is no number, no path."""
+    if len(block) != BLOCK:
+        return None
+    stated = _number(block[148:156])
+    if stated is None:
+        return None
+    rest = block[:148] + b" " * 8 + block[156:]
+    # some old tars summed signed bytes
+    if stated != sum(rest) and stated != sum(byte - 256 if byte > 127 else byte for byte in rest):
+        return None
+    length = _number(block[124:136])
+    path = block[:100].split(b"\0", 1)[0]
+    if length is None or length < 0 or not path:
+        return None
+    if block[257:263] == b"ustar\0" and (prefix := block[345:500].split(b"\0", 1)[0]):
+        path = prefix + b"/" + path
+    kind = block[156:157]
+    has_payload = kind not in b"123456"
+    return _Header(kind, path.decode("utf-8", "surrogateescape"), length if has_payload else 0)
+
+
+@dataclass(frozen=True, slots=True)
+class _Extension:
+    """What the PAX and GNU headers before a member say of it."""
+
+    path: str | None = None
+    refused: str | None = None  # reason
+
+
+def _meet(header: _Header, offset: int, extension: _Extension) -> TarMember | Damage | None:
+    """What a good header stands for; None for a folder."""
+    path = extension.path or header.path
+    if extension.refused is not None:
+        return Damage(offset, extension.refused, path)
+    if header.kind in _REGULAR and not path.endswith("/"):
+        return TarMember(path, offset + BLOCK, header.size)
+    if header.kind == _DIRECTORY or header.kind in _REGULAR:  # very old tars mark a folder by a slash at its end
+        return None
+    return Damage(offset, _REFUSED.get(header.kind, "unknown member type"), path)
+
+
+def _read_extension(descriptor: int, header: _Header, start: int, extension: _Extension) -> _Extension:
+    if header.size > _MAX_NAME_BYTES:
+        return _Extension(refused="damaged long name")
+    payload = os.pread(descriptor, header.size, start)
+    if header.kind == _GNU_NAME:
+        return replace(extension, path=_text(payload.split(b"\0", 1)[0]))
+    return _read_pax(payload, extension)
+
+
+def _read_pax(payload: bytes, extension: _Extension) -> _Extension:
+    """Read a PAX header's `length key=value` records; what changes the meaning of the payload is refused."""
+    position = 0
+    while position < len(payload):
+        head, space, _ = payload[position : position + 20].partition(b" ")
+        if not space or not head.isdigit() or int(head) > len(payload) - position:
+            return _Extension(refused="damaged long name")
+        record = payload[position : position + int(head)]
+        key, equals, value = record[len(head) + 1 : -1].partition(b"=")
+        if not equals or record[-1:] != b"\n":
+            return _Extension(refused="damaged long name")
+        if key == b"path":
+            extension = replace(extension, path=_text(value))
+        elif key == b"size" or key.startswith(b"GNU.sparse"):
+            extension = replace(extension, refused="sparse member")
+        position += len(record)
+    return extension
+
+
+def _text(data: bytes) -> str:
+    return data.decode("utf-8", "surrogateescape")
+
+
+def _number(field: bytes) -> int | None:
+    """A tar number: octal digits, or base 256 where the first bit is set."""
+    if field[0] & 0x80:
+        value = int.from_bytes(field, "big")
+        return value - (1 << 8 * len(field)) if field[0] & 0x40 else value & ~(1 << 8 * len(field) - 1)
+    digits = field.split(b"\0", 1)[0].strip()
+    if not digits or not digits.isdigit() or b"8" in digits or b"9" in digits:
+        return None
+    return int(digits, 8)
+
+
+def _next_header(descriptor: int, offset: int, size: int) -> int | None:
+    """Offset of the first good header at or after `offset`, or None."""
+    for place, block in _blocks(descriptor, offset, size):
+        if block[257:262] == b"ustar" and parse_header(block) is not None:
+            return place
+    return None
+
+
+def _next_block(descriptor: int, offset: int, size: int) -> int | None:
+    """Offset of the first block at or after `offset` that is not zero, or None."""
+    for place, block in _blocks(descriptor, offset, size):
+        if block != _ZEROS:
+            return place
+    return None
+
+
+def _blocks(descriptor: int, offset: int, size: int) -> Iterator[tuple[int, bytes]]:
+    while offset + BLOCK <= size:
+        chunk = os.pread(descriptor, _SCAN_BYTES, offset)
+        whole = len(chunk) // BLOCK * BLOCK
+        if not whole:
+            return
+        for start in range(0, whole, BLOCK):
+            yield offset + start, chunk[start : start + BLOCK]
+        offset += whole
+
+
+def _ends_in_zeros(descriptor: int, size: int) -> bool:
+    return size >= 2 * BLOCK and os.pread(descriptor, 2 * BLOCK, size // BLOCK * BLOCK - 2 * BLOCK) == 2 * _ZEROS
