@@ -1,8 +1,8 @@
 """Where every sample of a shard lies: made once by reading headers, kept beside the tar, memory-mapped afterwards.
 
-`shard-00000.tar.index` is our own layout (never a pickle): 8 bytes of magic, the length of a JSON head, the head, then
-plain little-endian arrays at 64-byte boundaries. It is derived data: it may be deleted at any time, is rebuilt when the
-shard's size or time differ from those it names, and where the folder cannot be written it is kept in memory.
+`shard-00000.tar.mmf.idx` is our own layout (never a pickle): 8 bytes of magic, the length of a JSON head, the head,
+then plain little-endian arrays at 64-byte boundaries. It is derived data: it may be deleted at any time, is rebuilt when
+the shard's size or time differ from those it names, and where the folder cannot be written it is kept in memory.
 """
 
 import glob
@@ -22,7 +22,7 @@ import numpy as np
 from mmfoundry.data.tar import BLOCK, Damage, TarMember, walk_tar
 from mmfoundry.pipeline.errors import DamagedInput, MissingInput
 
-INDEX_SUFFIX = ".index"
+INDEX_SUFFIX = ".mmf.idx"
 _MAGIC = b"MMFIDX01"
 _ALIGN = 64
 # array name -> numpy type; starts have one entry more than there are samples

@@ -1,0 +1,148 @@
+"""Pixels of one picture -> pixels of the model's size (uint8, on the CPU), and normalising a batch (on the device)."""
+
+import math
+from typing import TYPE_CHECKING
+
+import numpy as np
+from PIL import Image
+
+from mmfoundry.pipeline.errors import ConfigError
+
+if TYPE_CHECKING:  # torch takes a second to import, and reading shards does not need it
+    import torch
+
+OPENAI_MEAN = (0.48145466, 0.4578275, 0.40821073)
+OPENAI_STD = (0.26862954, 0.26130258, 0.27577711)
+_TRIES = 10  # crops drawn before the fallback, as in torchvision
+
+
+class TrainTransform:
+    """RandomResizedCrop as open_clip trains with: a random crop, resized to a square by Pillow's antialiased bicubic.
+
+    The geometry is drawn by torchvision's rule (`RandomResizedCrop.get_params`) from the sample's own generator.
+    """
+
+    def __init__(
+        self,
+        image_size: int,
+        scale: tuple[float, float] = (0.9, 1.0),
+        ratio: tuple[float, float] = (3 / 4, 4 / 3),
+    ):
+        """Fix the distribution of crops.
+
+        Args:
+            image_size: side of the result, pixels.
+            scale: least and greatest share of the picture's area that a crop has.
+            ratio: least and greatest width / height of a crop.
+        Raises:
+            ConfigError: an empty range, or one outside what is possible.
+        """
+        if image_size < 1 or not 0 < scale[0] <= scale[1] <= 1 or not 0 < ratio[0] <= ratio[1]:
+            raise ConfigError(
+                f"RandomResizedCrop of size {image_size}, scale {scale}, ratio {ratio}: "
+                "needs size >= 1, 0 < scale[0] <= scale[1] <= 1 and 0 < ratio[0] <= ratio[1]"
+            )
+        self.image_size, self.scale, self.ratio = image_size, scale, ratio
+
+    def crop(self, height: int, width: int, rng: np.random.Generator) -> tuple[int, int, int, int]:
+        """Draw a crop: top, left, height, width, in pixels of a picture of `height` x `width`."""
+        low, high = math.log(self.ratio[0]), math.log(self.ratio[1])
+        for _ in range(_TRIES):
+            area = height * width * rng.uniform(*self.scale)
+            aspect = math.exp(rng.uniform(low, high))
+            crop_width = round(math.sqrt(area * aspect))
+            crop_height = round(math.sqrt(area / aspect))
+            if 0 < crop_width <= width and 0 < crop_height <= height:
+                top = int(rng.integers(0, height - crop_height + 1))
+                left = int(rng.integers(0, width - crop_width + 1))
+                return top, left, crop_height, crop_width
+        crop_height, crop_width = height, width  # the whole picture, cut to the nearest allowed aspect
+        if width / height < self.ratio[0]:
+            crop_height = round(width / self.ratio[0])
+        elif width / height > self.ratio[1]:
+            crop_width = round(height * self.ratio[1])
+        return (height - crop_height) // 2, (width - crop_width) // 2, crop_height, crop_width
+
+    def __call__(self, image: np.ndarray, rng: np.random.Generator) -> np.ndarray:
+        """Crop and resize.
+
+        Args:
+            image: uint8 (height, width, 3).
+            rng: what the crop is drawn from; nothing else decides it.
+        Returns:
+            uint8 (3, image_size, image_size).
+        """
+        top, left, height, width = self.crop(image.shape[0], image.shape[1], rng)
+        return _chw(resize(image[top : top + height, left : left + width], self.image_size, self.image_size))
+
+
+class EvalTransform:
+    """Shortest side to `image_size`, then the centre square: the pixels of open_clip's `image_transform`."""
+
+    def __init__(self, image_size: int):
+        if image_size < 1:
+            raise ConfigError(f"an image size of {image_size} pixels; needs at least 1")
+        self.image_size = image_size
+
+    def __call__(self, image: np.ndarray) -> np.ndarray:
+        """Resize and cut.
+
+        Args:
+            image: uint8 (height, width, 3).
+        Returns:
+            uint8 (3, image_size, image_size).
+        """
+        height, width = image.shape[:2]
+        size = self.image_size
+        if width <= height:
+            image = resize(image, int(size * height / width), size)
+        else:
+            image = resize(image, size, int(size * width / height))
+        height, width = image.shape[:2]
+        # Python's round (half to even), as torchvision's center_crop
+        top, left = round((height - size) / 2.0), round((width - size) / 2.0)
+        return _chw(image[top : top + size, left : left + size])
+
+
+def resize(image: np.ndarray, height: int, width: int) -> np.ndarray:
+    """Resize by Pillow's bicubic, which antialiases; the picture itself where it has that size already.
+
+    Args:
+        image: uint8 (any height, any width, 3).
+        height: of the result, pixels.
+        width: of the result, pixels.
+    Returns:
+        uint8 (height, width, 3).
+    """
+    if image.shape[:2] == (height, width):
+        return image
+    return np.asarray(Image.fromarray(image).resize((width, height), Image.Resampling.BICUBIC))
+
+
+def normalise(
+    images: "torch.Tensor",
+    mean: tuple[float, ...] = OPENAI_MEAN,
+    std: tuple[float, ...] = OPENAI_STD,
+    dtype: "torch.dtype | None" = None,
+) -> "torch.Tensor":
+    """Bytes to what CLIP was trained on: (x / 255 - mean) / std, on the device where the batch is.
+
+    Args:
+        images: uint8 (..., 3, height, width).
+        mean: of each channel, in [0, 1].
+        std: of each channel, in [0, 1].
+        dtype: of the result; float32 if None. The arithmetic is float32 in any case.
+    Returns:
+        The same shape, in `dtype`.
+    """
+    import torch
+
+    shape = (3, 1, 1)
+    mean_311 = torch.tensor(mean, dtype=torch.float32, device=images.device).view(shape)
+    std_311 = torch.tensor(std, dtype=torch.float32, device=images.device).view(shape)
+    pixels = images.to(torch.float32).div_(255.0).sub_(mean_311).div_(std_311)
+    return pixels if dtype is None else pixels.to(dtype)
+
+
+def _chw(image: np.ndarray) -> np.ndarray:
+    return np.ascontiguousarray(image.transpose(2, 0, 1))
