@@ -1,8 +1,8 @@
 """Where every sample of a shard lies: made once by reading headers, kept beside the tar, memory-mapped afterwards.
 
 `shard-00000.tar.mmf.idx` is our own layout (never a pickle): 8 bytes of magic, the length of a JSON head, the head,
-then plain little-endian arrays at 64-byte boundaries. It is derived data: it may be deleted at any time, is rebuilt when
-the shard's size or time differ from those it names, and where the folder cannot be written it is kept in memory.
+then plain little-endian arrays at 64-byte boundaries. It is derived data: it may be deleted at any time, is rebuilt
+when the shard's size or time differ from those it names, and where the folder cannot be written it is kept in memory.
 """
 
 import glob
@@ -13,7 +13,7 @@ import os
 import re
 from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -136,6 +136,8 @@ def expand_shards(shards: ShardSpec) -> list[Path]:
 def open_index(shard: str | os.PathLike[str], save: bool = True) -> ShardIndex:
     """The index of a shard: from beside it if it fits the shard, otherwise made by reading the shard's headers.
 
+    Where the old index of a shard that is now damaged knew more samples, those are in `damage` as "gone since indexed".
+
     Args:
         shard: a tar on a local disk.
         save: keep a new index beside the shard; where that cannot be written it is used from memory all the same.
@@ -150,13 +152,25 @@ def open_index(shard: str | os.PathLike[str], save: bool = True) -> ShardIndex:
     index = _load_index(path)
     if index is not None and (index.shard_bytes, index.shard_mtime_ns) == (status.st_size, status.st_mtime_ns):
         return index
-    index = index_shard(path)
+    index = _compare(index_shard(path), index)
     if save:
         try:
             save_index(index, path)
         except OSError:  # a read-only or full disk costs the next reader a second scan, nothing else
             return index
     return index
+
+
+def _compare(index: ShardIndex, before: ShardIndex | None) -> ShardIndex:
+    """Name the samples that a damaged shard had when it was last indexed."""
+    if before is None or not index.damage:
+        return index
+    known = {*index.keys(), *(damage.name for damage in index.damage)}
+    gone = sorted({*before.keys()} - known)
+    return replace(
+        index,
+        damage=(*index.damage, *(Damage(index.shard_bytes, "gone since indexed", key) for key in gone)),
+    )
 
 
 def index_shard(shard: Path, digest: bool = False) -> ShardIndex:

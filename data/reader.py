@@ -55,6 +55,11 @@ class Pool:
         return self._ends[-1]
 
     @property
+    def total_bytes(self) -> int:
+        """Size of all shards."""
+        return sum(index.shard_bytes for index in self.indexes)
+
+    @property
     def damage(self) -> list[tuple[Path, Damage]]:
         """What the indexes could not read: shard, and place and reason in it."""
         return [(index.shard, damage) for index in self.indexes for damage in index.damage]

@@ -20,8 +20,8 @@ _load_lock = Lock()
 class ClipTokenizer:
     """CLIP's byte-pair encoding (open_clip's `SimpleTokenizer`): 49,408 ids, lower case, start and end marked.
 
-    A caption's ids are remembered: corpora repeat their captions every epoch, and splitting one costs more than decoding
-    a small picture.
+    A caption's ids are remembered: corpora repeat their captions every epoch, and splitting one costs more than
+    decoding a small picture.
     """
 
     def __init__(self, context_length: int = CONTEXT_LENGTH, cached_captions: int = 1 << 16):

@@ -13,6 +13,7 @@ if TYPE_CHECKING:  # torch takes a second to import, and reading shards does not
 
 OPENAI_MEAN = (0.48145466, 0.4578275, 0.40821073)
 OPENAI_STD = (0.26862954, 0.26130258, 0.27577711)
+_MAX_ASPECT = 64
 _TRIES = 10  # crops drawn before the fallback, as in torchvision
 
 
@@ -77,7 +78,11 @@ class TrainTransform:
 
 
 class EvalTransform:
-    """Shortest side to `image_size`, then the centre square: the pixels of open_clip's `image_transform`."""
+    """Shortest side to `image_size`, then the centre square: the pixels of open_clip's `image_transform`.
+
+    A picture more than 64 times as long as wide is first cut to that, from its middle: resized whole it could fill the
+    memory, and next to nothing of its ends would be seen.
+    """
 
     def __init__(self, image_size: int):
         if image_size < 1:
@@ -92,6 +97,7 @@ class EvalTransform:
         Returns:
             uint8 (3, image_size, image_size).
         """
+        image = _without_ends(image)
         height, width = image.shape[:2]
         size = self.image_size
         if width <= height:
@@ -142,6 +148,14 @@ def normalise(
     std_311 = torch.tensor(std, dtype=torch.float32, device=images.device).view(shape)
     pixels = images.to(torch.float32).div_(255.0).sub_(mean_311).div_(std_311)
     return pixels if dtype is None else pixels.to(dtype)
+
+
+def _without_ends(image: np.ndarray) -> np.ndarray:
+    limit = _MAX_ASPECT * min(image.shape[:2])
+    if max(image.shape[:2]) <= limit:
+        return image
+    top, left = (max(0, side - limit) // 2 for side in image.shape[:2])
+    return image[top : top + limit, left : left + limit]
 
 
 def _chw(image: np.ndarray) -> np.ndarray:
