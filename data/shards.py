@@ -7,6 +7,7 @@ The reading side is `index.py` (what is where) and `reader.py` (bytes by sample 
 import errno
 import json
 import os
+import sys
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
@@ -58,6 +59,25 @@ def write_shards(
         stale.unlink()
         surplus += 1
     return paths
+
+
+def write_shard(path: str | os.PathLike[str], samples: Iterable[Mapping[str, Any]]) -> Path:
+    """Write one shard under the name given, as `write_shards` does; for shards that are made one by one, in any order.
+
+    Args:
+        path: of the tar; an earlier file of that name is replaced once the new one is whole.
+        samples: as for `write_shards`; at least one.
+    Raises:
+        ValueError: as for `write_shards`, or there are no samples.
+        NotEnoughSpace: the disk is full; nothing was replaced.
+    """
+    path = Path(path)
+    stream = _Peekable(map(_encode, samples))
+    if stream.head is None:
+        raise ValueError(f"{path}: a shard needs a sample")
+    path.parent.mkdir(parents=True, exist_ok=True)
+    _write_shard(path, _batch(stream, sys.maxsize, sys.maxsize))
+    return path
 
 
 class _Peekable:
