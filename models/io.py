@@ -59,9 +59,18 @@ def load_clip(folder: str | Path) -> CLIP:
         state = load_file(weights)
     except SafetensorError as error:
         raise DamagedInput(f"{weights}: not a whole safetensors file ({error}); make it anew") from error
+    return clip_from_state(config, state, str(weights))
+
+
+def clip_from_state(config: ClipConfig, state: dict[str, Tensor], source: str) -> CLIP:
+    """A model that holds these weights themselves, without a start of its own; in evaluation mode.
+
+    Raises:
+        DamagedInput: the weights do not fit the config; `source` is named.
+    """
     with torch.device("meta"):
         model = CLIP(config)
-    check_fit(model, state, str(weights))
+    check_fit(model, state, source)
     model.load_state_dict(state, assign=True)
     return model.requires_grad_(True).eval()
 

@@ -63,10 +63,9 @@ class TextTower(nn.Module):
         Raises:
             ValueError: the captions are longer than the tower's context.
         """
-        if tokens_bL.shape[1] > self.config.context_length:
-            raise ValueError(
-                f"{tokens_bL.shape[1]} tokens a caption, but context_length is {self.config.context_length}"
-            )
+        length, limit = tokens_bL.shape[1], self.config.context_length
+        if length > limit:
+            raise ValueError(f"captions of {length} tokens, but context_length is {limit}")
         if tokens_bL.device.type == "cpu":  # on a GPU the length would have to be waited for: the loader trims there
             tokens_bL = trim(tokens_bL)
         hidden_bLD = self.encoder.pooled(self.embeddings(tokens_bL), end_of_text(tokens_bL), is_causal=True)

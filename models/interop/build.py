@@ -1,0 +1,23 @@
+"""The last step of every conversion to one of our CLIPs."""
+
+from __future__ import annotations
+
+import math
+
+from torch import Tensor
+
+from mmfoundry.models.clip import CLIP, ClipConfig
+from mmfoundry.models.io import clip_from_state
+
+
+def build(config: ClipConfig, weights: dict[str, Tensor], source: str) -> CLIP:
+    """Our model with these weights; the limit on the inverse temperature is lifted where they are past it.
+
+    Raises:
+        DamagedInput: the weights do not fit the config.
+    """
+    limit = config.max_logit_scale
+    # A hair of slack: OpenAI's checkpoints hold log(100) rounded.
+    if limit is not None and "logit_scale" in weights and float(weights["logit_scale"]) > math.log(limit) + 1e-3:
+        config = config.model_copy(update={"max_logit_scale": None})
+    return clip_from_state(config, weights, source)

@@ -1,0 +1,146 @@
+"""CLIP to and from open_clip's `CLIP` class: its config keys are ours, its weights fuse queries, keys and values."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from mmfoundry.models.clip import CLIP, ClipConfig
+from mmfoundry.models.interop.build import build
+from mmfoundry.pipeline.config import parse
+from mmfoundry.pipeline.errors import ConfigError, DamagedInput
+
+_QKV = ("q_proj", "k_proj", "v_proj")  # the order in which open_clip stacks them
+
+# Ours -> theirs, of whatever is only renamed; a projection is transposed as well
+_PLAIN = {
+    "vision_model.embeddings.class_embedding": "visual.class_embedding",
+    "vision_model.embeddings.patch_embedding.weight": "visual.conv1.weight",
+    "vision_model.embeddings.position_embedding.weight": "visual.positional_embedding",
+    "vision_model.pre_layrnorm.weight": "visual.ln_pre.weight",
+    "vision_model.pre_layrnorm.bias": "visual.ln_pre.bias",
+    "vision_model.post_layernorm.weight": "visual.ln_post.weight",
+    "vision_model.post_layernorm.bias": "visual.ln_post.bias",
+    "text_model.embeddings.token_embedding.weight": "token_embedding.weight",
+    "text_model.embeddings.position_embedding.weight": "positional_embedding",
+    "text_model.final_layer_norm.weight": "ln_final.weight",
+    "text_model.final_layer_norm.bias": "ln_final.bias",
+    "logit_scale": "logit_scale",
+    "logit_bias": "logit_bias",
+}
+_TRANSPOSED = {"visual_projection.weight": "visual.proj", "text_projection.weight": "text_projection"}
+_LAYER = {
+    "self_attn.out_proj": "attn.out_proj",
+    "layer_norm1": "ln_1",
+    "layer_norm2": "ln_2",
+    "mlp.fc1": "mlp.c_fc",
+    "mlp.fc2": "mlp.c_proj",
+}
+_TOWERS = {
+    "vision_model.encoder.layers": "visual.transformer.resblocks",
+    "text_model.encoder.layers": "transformer.resblocks",
+}
+
+
+def to_open_clip_config(config: ClipConfig) -> dict[str, Any]:
+    """open_clip's `open_clip_config.json` for one of our models: `model_cfg` and `preprocess_cfg`."""
+    model_cfg = config.model_dump(mode="json", exclude={"preprocess_cfg", "max_logit_scale"})
+    if config.init_logit_bias is None:
+        del model_cfg["init_logit_bias"]
+    if not config.quick_gelu:
+        del model_cfg["quick_gelu"]
+    preprocess = config.preprocess_cfg.model_dump(mode="json")
+    return {"model_cfg": model_cfg, "preprocess_cfg": preprocess}
+
+
+def from_open_clip_config(
+    model_cfg: Mapping[str, Any], preprocess_cfg: Mapping[str, Any] | None = None, source: str = "open_clip config"
+) -> ClipConfig:
+    """Our config for one of open_clip's.
+
+    Args:
+        model_cfg: as in open_clip's model configs.
+        preprocess_cfg: its `mean` and `std` are read, if they are there.
+        source: named in errors.
+
+    Raises:
+        ConfigError: the config asks for something that our CLIP does not have; the key is named.
+    """
+    preprocess = {key: value for key, value in (preprocess_cfg or {}).items() if key in ("mean", "std")}
+    tree = {"preprocess_cfg": preprocess, **model_cfg}
+    if tree.pop("custom_text", False):
+        raise ConfigError(f"{source}: custom_text models are another class of open_clip, which is not supported")
+    return parse(ClipConfig, tree, source=source)
+
+
+def to_open_clip_state(model: CLIP) -> dict[str, Tensor]:
+    """Our weights as open_clip's `CLIP` loads them, with the inverse temperature as it acts: held at its limit."""
+    ours = {name: value.detach() for name, value in model.state_dict().items()}
+    ours["logit_scale"] = model.scale().detach().log().to(ours["logit_scale"].dtype)
+    theirs = {_PLAIN[name]: value.clone() for name, value in ours.items() if name in _PLAIN}
+    theirs |= {_TRANSPOSED[name]: value.T.contiguous() for name, value in ours.items() if name in _TRANSPOSED}
+    for our_tower, their_tower in _TOWERS.items():
+        for index in range(len(model.get_submodule(our_tower))):  # type: ignore[arg-type]  # a ModuleList has a length
+            our_layer, their_layer = f"{our_tower}.{index}", f"{their_tower}.{index}"
+            for kind in ("weight", "bias"):
+                parts = [ours[f"{our_layer}.self_attn.{name}.{kind}"] for name in _QKV]
+                theirs[f"{their_layer}.attn.in_proj_{kind}"] = torch.cat(parts)
+                for our_name, their_name in _LAYER.items():
+                    theirs[f"{their_layer}.{their_name}.{kind}"] = ours[f"{our_layer}.{our_name}.{kind}"].clone()
+    return theirs
+
+
+def from_open_clip(
+    model_cfg: Mapping[str, Any],
+    state: Mapping[str, Tensor],
+    preprocess_cfg: Mapping[str, Any] | None = None,
+    source: str = "open_clip checkpoint",
+) -> CLIP:
+    """Build our model from open_clip's config and weights; in evaluation mode, the weights copied.
+
+    Args:
+        model_cfg: as in open_clip's model configs.
+        state: the state dict of open_clip's `CLIP`.
+        preprocess_cfg: see `from_open_clip_config`.
+        source: named in errors.
+
+    Raises:
+        ConfigError: see `from_open_clip_config`.
+        DamagedInput: a weight is unknown, missing, or of another shape than the config says.
+    """
+    renamed = {theirs: ours for ours, theirs in _PLAIN.items()}
+    transposed = {theirs: ours for ours, theirs in _TRANSPOSED.items()}
+    ours: dict[str, Tensor] = {}
+    for name, value in state.items():
+        if name in renamed:
+            ours[renamed[name]] = value.detach().clone()
+        elif name in transposed:
+            ours[transposed[name]] = value.detach().T.contiguous()
+        elif name != "attn_mask":  # a buffer in old checkpoints
+            ours |= _from_layer(name, value.detach(), source)
+    config = from_open_clip_config(model_cfg, preprocess_cfg, source)
+    if "logit_bias" in ours and config.init_logit_bias is None:
+        config = config.model_copy(update={"init_logit_bias": float(ours["logit_bias"])})
+    for name in ("logit_scale", "logit_bias"):
+        if name in ours:
+            ours[name] = ours[name].reshape(())  # some checkpoints hold one value in a vector
+    return build(config, ours, source)
+
+
+def _from_layer(name: str, value: Tensor, source: str) -> dict[str, Tensor]:
+    """A weight of one of open_clip's blocks, under our names."""
+    towers = {theirs: ours for ours, theirs in _TOWERS.items()}
+    match = re.fullmatch(r"(.*resblocks)\.(\d+)\.(.+?)[._](weight|bias)", name)
+    if match and match[1] in towers:
+        layer = f"{towers[match[1]]}.{match[2]}"
+        if match[3] == "attn.in_proj":
+            parts = zip(_QKV, value.chunk(3), strict=True)
+            return {f"{layer}.self_attn.{ours}.{match[4]}": part.clone() for ours, part in parts}
+        for ours, theirs in _LAYER.items():
+            if match[3] == theirs:
+                return {f"{layer}.{ours}.{match[4]}": value.clone()}
+    raise DamagedInput(f"{source}: {name} is not a weight of open_clip's plain CLIP")

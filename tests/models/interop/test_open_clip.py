@@ -1,0 +1,77 @@
+"""models/interop/open_clip.py: the same logits as open_clip's CLIP, both ways."""
+
+import open_clip
+import pytest
+import torch
+
+from mmfoundry.models.clip import CLIP
+from mmfoundry.models.interop.open_clip import (
+    from_open_clip,
+    from_open_clip_config,
+    to_open_clip_config,
+    to_open_clip_state,
+)
+from mmfoundry.pipeline.errors import ConfigError, DamagedInput
+from tests.models.tiny import pairs, tiny_clip
+
+
+def their_logits(model: open_clip.CLIP, pixels: torch.Tensor, tokens: torch.Tensor) -> torch.Tensor:
+    with torch.no_grad():
+        return model.eval().get_logits(pixels, tokens)[0]
+
+
+def our_logits(model: CLIP, batch: dict) -> torch.Tensor:
+    with torch.no_grad():
+        output = model(batch)
+    return output.scale * output.image_bD @ output.text_bD.T + (0 if output.bias is None else output.bias)
+
+
+@pytest.mark.parametrize("changes", [{}, {"quick_gelu": True}, {"init_logit_bias": -10.0}], ids=str)
+def test_ours_in_theirs(changes: dict) -> None:
+    ours, batch = tiny_clip(**changes), pairs(6)
+    theirs = open_clip.CLIP(**to_open_clip_config(ours.config)["model_cfg"])
+    theirs.load_state_dict(to_open_clip_state(ours))
+    expected = our_logits(ours, batch)
+    assert expected.std() > 0.1
+    pixels = ours.pixels(batch["image"])
+    torch.testing.assert_close(their_logits(theirs, pixels, batch["text"]), expected, atol=1e-5, rtol=0)
+
+
+@pytest.mark.parametrize("changes", [{}, {"quick_gelu": True}, {"init_logit_bias": -10.0}], ids=str)
+def test_theirs_in_ours(changes: dict) -> None:
+    model_cfg = to_open_clip_config(tiny_clip(**changes).config)["model_cfg"]
+    torch.manual_seed(0)
+    theirs = open_clip.CLIP(**model_cfg)
+    with torch.no_grad():
+        for weight in theirs.parameters():
+            weight.add_(0.1 * torch.randn_like(weight))
+    ours, batch = from_open_clip(model_cfg, theirs.state_dict()), pairs(6)
+    expected = their_logits(theirs, ours.pixels(batch["image"]), batch["text"])
+    torch.testing.assert_close(our_logits(ours, batch), expected, atol=1e-5, rtol=0)
+    again = to_open_clip_state(ours)
+    assert again.keys() == theirs.state_dict().keys()
+    assert all(torch.equal(value, again[name]) for name, value in theirs.state_dict().items())
+
+
+def test_one_of_their_named_configs() -> None:
+    model_cfg = open_clip.get_model_config("ViT-S-32-alt")
+    with torch.device("meta"):
+        theirs, ours = open_clip.CLIP(**model_cfg), CLIP(from_open_clip_config(model_cfg))
+    assert sum(each.numel() for each in theirs.parameters()) == sum(each.numel() for each in ours.parameters())
+
+
+def test_config_round_trip_and_refusals() -> None:
+    config = tiny_clip(preprocess_cfg={"mean": (0.5, 0.5, 0.5), "std": (0.5, 0.5, 0.5)}).config
+    written = to_open_clip_config(config)
+    preprocess = {**written["preprocess_cfg"], "interpolation": "bicubic"}
+    assert from_open_clip_config(written["model_cfg"], preprocess) == config
+    with pytest.raises(ConfigError, match=r"vision_cfg\.timm_model_name is not a known key"):
+        from_open_clip_config({"embed_dim": 8, "vision_cfg": {"timm_model_name": "vit_tiny"}})
+    with pytest.raises(ConfigError, match="custom_text"):
+        from_open_clip_config({"embed_dim": 8, "custom_text": True})
+    state = to_open_clip_state(tiny_clip())
+    with pytest.raises(DamagedInput, match=r"visual\.head is not a weight of open_clip's plain CLIP"):
+        from_open_clip(written["model_cfg"], {**state, "visual.head": torch.zeros(1)})
+    del state["visual.transformer.resblocks.1.attn.in_proj_bias"]
+    with pytest.raises(DamagedInput, match=r"vision_model\.encoder\.layers\.1\.self_attn\.[kqv]_proj\.bias is missing"):
+        from_open_clip(written["model_cfg"], state)
