@@ -17,6 +17,7 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
+from braceexpand import braceexpand
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from mmfoundry.pipeline.errors import DamagedInput, MissingInput, NotEnoughSpace
@@ -154,7 +155,7 @@ def digest_of(ref: str | Path) -> str:
 
 
 def local_files(ref: str | Path) -> list[Path]:
-    """The files that a path or glob names, sorted; hidden ones and sidecar indices (`.idx*`) left out.
+    """The files that a path or glob names, sorted; hidden ones and indices (`.idx`) left out.
 
     Raises:
         MissingInput: there are none.
@@ -162,11 +163,19 @@ def local_files(ref: str | Path) -> list[Path]:
     path = Path(ref)
     if path.is_file():
         return [path]
-    found = path.rglob("*") if path.is_dir() else (Path(match) for match in glob.glob(str(ref), recursive=True))
-    files = sorted(f for f in found if f.is_file() and not f.name.startswith(".") and ".idx" not in f.suffixes)
+    if path.is_dir():
+        found = list(path.rglob("*"))
+    else:
+        found = [Path(match) for name in braceexpand(str(ref)) for match in glob.glob(name, recursive=True)]
+    files = sorted(file for file in found if file.is_file() and not file.name.startswith(".") and not _derived(file))
     if not files:
         raise MissingInput(f"{ref}: {'the folder is empty' if path.is_dir() else 'no such file or folder'}")
     return files
+
+
+def _derived(file: Path) -> bool:
+    """Whether a file is an index of the one beside it, made anew where it is missing or does not fit."""
+    return file.suffix == ".idx"
 
 
 def records_of(folder: Path, leave_out: Collection[str] = ()) -> dict[str, FileRecord]:
@@ -174,12 +183,12 @@ def records_of(folder: Path, leave_out: Collection[str] = ()) -> dict[str, FileR
 
     Args:
         folder: the artifact's folder, or the one that becomes it.
-        leave_out: top-level files and folders that are not part of the artifact; the manifest never is.
+        leave_out: top-level files and folders that are not part of the artifact; the manifest and indices never are.
     """
     records = {}
     for file in sorted(folder.rglob("*")):
         name = file.relative_to(folder)
-        if file.is_file() and name.parts[0] not in (MANIFEST, *leave_out):
+        if file.is_file() and name.parts[0] not in (MANIFEST, *leave_out) and not _derived(file):
             records[name.as_posix()] = FileRecord(bytes=file.stat().st_size, sha256=fingerprint(file))
     return records
 

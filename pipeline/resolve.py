@@ -8,17 +8,19 @@ import os
 import re
 from pathlib import Path
 
+from braceexpand import braceexpand
+
 from mmfoundry.pipeline.errors import MissingInput
 
 _HUB_ID = re.compile(r"(datasets/)?[\w.-]+/[\w.-]+(@[\w./-]+)?")
-_GLOB = re.compile(r"[*?\[]")
+_PATTERN = re.compile(r"[*?\[{]")
 PACKAGE = "package:"
 
 
 def is_local(ref: str) -> bool:
     """Whether `ref` can only be a path: it is there, looks like one, or its first folder is there."""
     path = Path(os.path.expanduser(ref))
-    if path.exists() or ref.startswith((".", "/", "~")) or _GLOB.search(ref):
+    if path.exists() or ref.startswith((".", "/", "~")) or _PATTERN.search(ref):
         return True
     return not (ref.startswith(PACKAGE) or (_HUB_ID.fullmatch(ref) and not Path(path.parts[0]).is_dir()))
 
@@ -27,9 +29,9 @@ def resolve(ref: str) -> Path:
     """The local path of what `ref` names; a hub repository is downloaded unless it is in the cache.
 
     Args:
-        ref: a file or folder; a glob (`pool/*.tar`, returned as it is once something matches); a hub id
-            (`owner/name`, `owner/name@revision`, `datasets/owner/name`); or `package:name`, the folder of an installed
-            Python package that carries data.
+        ref: a file or folder; a pattern (`pool/*.tar`, `pool/{00..09}.tar`), returned as it is once something matches;
+            a hub id (`owner/name`, `owner/name@revision`, `datasets/owner/name`); or `package:name`, the folder of an
+            installed Python package that carries data.
     Raises:
         MissingInput: there is nothing of that name; the text says where it was looked for.
     """
@@ -38,8 +40,8 @@ def resolve(ref: str) -> Path:
         return path
     if ref.startswith(PACKAGE):
         return _package_folder(ref.removeprefix(PACKAGE))
-    if _GLOB.search(ref):
-        if not glob.glob(str(path), recursive=True):
+    if _PATTERN.search(ref):
+        if not any(glob.glob(name, recursive=True) for name in braceexpand(str(path))):
             raise MissingInput(f"{ref}: no file matches (looked in {Path.cwd()})")
         return path
     if is_local(ref):

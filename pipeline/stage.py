@@ -17,7 +17,7 @@ import os
 import random
 import shutil
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
@@ -244,10 +244,8 @@ def standing(stage: Stage, config: StageConfig, output: Path, records: dict[str,
             change = "its manifest cannot be read"
         else:
             manifest = found.manifest
-            claim = {"stage": manifest.stage, "config": manifest.config, "config_digest": manifest.config_digest}
-            change = (
-                _difference(stage, config, records, claim | {"inputs": _digests(manifest.inputs)}) or found.damage()
-            )
+            then = manifest.model_dump() | {"inputs": _digests(manifest.inputs)}
+            change = _difference(stage, config, records, then) or found.damage()
         if change is None:
             return Standing("skip", "done; config and inputs are unchanged")
     claim = _read_claim(work_folder(output))
@@ -256,7 +254,9 @@ def standing(stage: Stage, config: StageConfig, output: Path, records: dict[str,
     return Standing("run", change or ("its cut-off run was for another config or input" if claim else "not run yet"))
 
 
-def _difference(stage: Stage, config: StageConfig, records: dict[str, InputRecord], then: dict[str, Any]) -> str | None:
+def _difference(
+    stage: Stage, config: StageConfig, records: dict[str, InputRecord], then: Mapping[str, Any]
+) -> str | None:
     """What changed since `then` (a claim or manifest), in words; None when nothing that matters did."""
     if then["stage"] != stage.name:
         return f"the folder holds a {then['stage']} artifact"

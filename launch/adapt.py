@@ -1,0 +1,6 @@
+"""Runs the adapt stage: `deepspeed --num_gpus 2 launch/adapt.py CONFIG [key=value ...]`, torchrun or python."""
+
+from mmfoundry.launch.script import main
+
+if __name__ == "__main__":
+    main("adapt")

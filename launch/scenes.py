@@ -1,0 +1,6 @@
+"""Runs the scenes stage on one process: `python launch/scenes.py CONFIG [key=value ...]`."""
+
+from mmfoundry.launch.script import main
+
+if __name__ == "__main__":
+    main("scenes")

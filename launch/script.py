@@ -1,0 +1,82 @@
+"""The body of the launcher scripts: one rank of one stage, started by deepspeed, torchrun, srun or plain python."""
+
+from __future__ import annotations
+
+import os
+import sys
+import time
+from collections.abc import Sequence
+from pathlib import Path
+
+from mmfoundry.launch.failures import USER_ERROR, exit_code_of
+from mmfoundry.pipeline.errors import MmfoundryError
+from mmfoundry.pipeline.ranks import end_with_starter
+
+_LET_RANK_0_SPEAK_S = 5.0
+
+
+def main(stage: str, arguments: Sequence[str] | None = None) -> None:
+    """Run one rank of `stage` and exit; `mmfoundry <stage>` does the same on one process.
+
+    Args:
+        stage: the stage's name.
+        arguments: `CONFIG [key=value ...]`; `--local_rank N`, which launchers add, is accepted. `sys.argv` when None.
+    """
+    here = os.path.realpath(os.path.dirname(__file__))
+    # A script's own folder leads the import path; ours has names (`eval`, `filter`) that no other package should find.
+    sys.path[:] = [path for path in sys.path if os.path.realpath(path or ".") != here]
+    rest, local_rank = take_local_rank(list(sys.argv[1:] if arguments is None else arguments))
+    if local_rank is not None:
+        os.environ.setdefault("LOCAL_RANK", local_rank)
+    if not rest or rest[0].startswith("-"):
+        print(__doc__ if rest else "", f"usage: launch/{stage}.py CONFIG [key=value ...]", file=sys.stderr)
+        sys.exit(0 if rest and rest[0] in ("-h", "--help") else USER_ERROR)
+    end_with_starter()
+    code = exit_code_of(lambda: _run(stage, Path(rest[0]), rest[1:]))
+    sys.stdout.flush()
+    sys.exit(code)
+
+
+def take_local_rank(arguments: list[str]) -> tuple[list[str], str | None]:
+    """Split what a launcher adds (`--local_rank=0`, `--local-rank 0`) from the user's arguments."""
+    rest: list[str] = []
+    local_rank = None
+    waiting = iter(arguments)
+    for argument in waiting:
+        flag, equals, value = argument.partition("=")
+        if flag in ("--local_rank", "--local-rank"):
+            local_rank = value if equals else next(waiting, None)
+        else:
+            rest.append(argument)
+    return rest, local_rank
+
+
+def _run(stage: str, config: Path, arguments: list[str]) -> None:
+    # Imported here, so that a wrong command line is refused before torch has been loaded.
+    from mmfoundry.launch import verbs
+    from mmfoundry.launch.catalog import Stages
+    from mmfoundry.pipeline.distributed import init_runtime
+    from mmfoundry.pipeline.torchvision_ops import declare_missing_ops
+
+    share_cores()
+    declare_missing_ops()
+    try:
+        job = verbs.prepare(Stages(), stage, config, arguments)
+    except MmfoundryError:
+        if os.environ.get("RANK", "0") == "0":
+            raise
+        time.sleep(_LET_RANK_0_SPEAK_S)  # it fails alike; ending first would have the launcher kill it unheard
+        sys.exit(USER_ERROR)
+    runtime = init_runtime()
+    artifact = verbs.execute(job, runtime)
+    if runtime.is_main:
+        print(verbs.outcome(artifact), flush=True)
+
+
+def share_cores() -> None:
+    """Give each rank of this machine its part of the cores, unless the launcher or user set `OMP_NUM_THREADS`."""
+    import torch
+
+    ranks = int(os.environ.get("LOCAL_WORLD_SIZE", os.environ.get("WORLD_SIZE", "1")))
+    if ranks > 1 and "OMP_NUM_THREADS" not in os.environ:
+        torch.set_num_threads(max(1, (os.cpu_count() or 1) // ranks))
