@@ -141,16 +141,6 @@ class CLIP(nn.Module):
         positions = {id(each.position_embedding.weight) for each in embeddings}
         return {name for name, each in self.named_parameters() if each.ndim < 2 or id(each) in positions}
 
-    def param_groups(self, weight_decay: float) -> list[dict[str, Any]]:
-        """Trainable parameters for an optimizer: those that decay by `weight_decay`, and those that do not."""
-        exempt = self.no_weight_decay()
-        trainable = [(name, each) for name, each in self.named_parameters() if each.requires_grad]
-        groups = [
-            {"params": [each for name, each in trainable if name not in exempt], "weight_decay": weight_decay},
-            {"params": [each for name, each in trainable if name in exempt], "weight_decay": 0.0},
-        ]
-        return [group for group in groups if group["params"]]
-
 
 def at_least_fp32(x: Tensor) -> Tensor:
     """Widen 16-bit values to fp32; wider ones stay as they are."""

@@ -22,7 +22,12 @@ FORMAT = "mmfoundry.clip"
 
 
 def save_clip(
-    model: CLIP, folder: str | Path, *, seed: int | None = None, state: dict[str, Tensor] | None = None
+    model: CLIP,
+    folder: str | Path,
+    *,
+    seed: int | None = None,
+    tokenizer: str = "clip",
+    state: dict[str, Tensor] | None = None,
 ) -> None:
     """Write a model into a folder, each file whole or not at all.
 
@@ -31,6 +36,7 @@ def save_clip(
         folder: made if it is not there.
         seed: of the weights it started from (`CLIP.from_seed`), so that evaluations can rebuild the untrained model;
             None where it did not start from a seed.
+        tokenizer: what turns captions into ids: "clip" is OpenAI's byte-pair encoding.
         state: weights by parameter name, where they are not (all) in `model` itself, as under ZeRO-3.
 
     Raises:
@@ -39,7 +45,8 @@ def save_clip(
     folder = Path(folder)
     tensors = {name: value.detach().cpu().contiguous() for name, value in (state or model.state_dict()).items()}
     write_atomic(folder / WEIGHTS_FILE, save(tensors, metadata={"format": "pt"}))
-    record = {"format": FORMAT, "init_seed": seed, "model": model.config.model_dump(mode="json")}
+    config = model.config.model_dump(mode="json")
+    record = {"format": FORMAT, "init_seed": seed, "tokenizer": tokenizer, "model": config}
     write_atomic(folder / CONFIG_FILE, json.dumps(record, indent=2) + "\n")
 
 

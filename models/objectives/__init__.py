@@ -3,6 +3,9 @@
 `group` is the ranks that form the joint batch (None: this process alone). The mean of `loss` over the ranks is the
 joint loss, so that gradients averaged over ranks are those of one process on the joint batch. Every metric is a 0-d
 tensor; nothing is read to the host.
+
+An objective whose micro-batches do not all count alike (one a token, say) has a method `weight(batch)` as well: what
+this rank's micro-batch counts for, read from the batch on the host.
 """
 
 from __future__ import annotations
@@ -36,13 +39,17 @@ def weighted_sum(weights: Mapping[str, float]) -> Objective:
 
     Raises:
         UnknownName: a name is not in the registry.
-        ValueError: there is no objective.
+        ValueError: there is no objective, or one that weighs its micro-batches is to be summed with others, which
+            count theirs alike.
     """
     if not weights:
         raise ValueError("name at least one objective")
     parts = {name: OBJECTIVES[name] for name in weights}
     if list(weights.values()) == [1.0]:
         return next(iter(parts.values()))
+    weighing = [name for name, part in parts.items() if hasattr(part, "weight")]
+    if weighing and len(parts) > 1:
+        raise ValueError(f"{weighing[0]} weighs its micro-batches, so it cannot be summed with other objectives")
 
     def objective(output: Any, batch: Mapping[str, Any], group: ProcessGroup | None = None) -> dict[str, Tensor]:
         values = {name: part(output, batch, group) for name, part in parts.items()}

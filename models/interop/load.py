@@ -1,0 +1,77 @@
+"""A CLIP from a folder, whoever wrote it: ours, transformers' or open_clip's layout, told apart by their files."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+from safetensors import SafetensorError
+from safetensors.torch import load_file
+from torch import Tensor
+
+from mmfoundry.models.clip import CLIP
+from mmfoundry.models.interop.open_clip import from_open_clip
+from mmfoundry.models.interop.transformers_clip import from_transformers
+from mmfoundry.models.io import CONFIG_FILE, FORMAT, WEIGHTS_FILE, load_clip
+from mmfoundry.pipeline.errors import DamagedInput, MissingInput
+
+OPEN_CLIP_CONFIG = "open_clip_config.json"
+OPEN_CLIP_WEIGHTS = "open_clip_model.safetensors"
+
+
+def load_any_clip(folder: str | Path) -> CLIP:
+    """Read a CLIP, on the CPU, in evaluation mode. Weights are read from safetensors only.
+
+    Args:
+        folder: holds `config.json` and `model.safetensors` (ours, or transformers' CLIPModel), or
+            `open_clip_config.json` and `open_clip_model.safetensors`.
+
+    Raises:
+        MissingInput: none of these is there.
+        DamagedInput: a file cannot be read, or the weights do not fit the config.
+        ConfigError: a model that is not a plain CLIP.
+    """
+    folder = Path(folder)
+    if (folder / OPEN_CLIP_CONFIG).is_file():
+        record = _read_json(folder / OPEN_CLIP_CONFIG)
+        state = _read_weights(folder / OPEN_CLIP_WEIGHTS)
+        source = str(folder / OPEN_CLIP_CONFIG)
+        return from_open_clip(record.get("model_cfg", {}), state, record.get("preprocess_cfg"), source)
+    if not (folder / CONFIG_FILE).is_file():
+        raise MissingInput(f"{folder}: no CLIP here: neither {CONFIG_FILE} nor {OPEN_CLIP_CONFIG}")
+    record = _read_json(folder / CONFIG_FILE)
+    if record.get("format") == FORMAT:
+        return load_clip(folder)
+    if record.get("model_type") != "clip":
+        raise DamagedInput(f"{folder / CONFIG_FILE}: neither one of our CLIPs nor a CLIPModel of transformers")
+    return from_transformers(_with_defaults(record), _read_weights(folder / WEIGHTS_FILE), str(folder / CONFIG_FILE))
+
+
+def _with_defaults(record: dict[str, Any]) -> dict[str, Any]:
+    """A CLIPModel's config with what it leaves to transformers filled in."""
+    from mmfoundry.pipeline.torchvision_ops import declare_missing_ops
+
+    declare_missing_ops()  # transformers imports torchvision
+    from transformers import CLIPConfig
+
+    return CLIPConfig(**record).to_dict()
+
+
+def _read_json(file: Path) -> dict[str, Any]:
+    try:
+        record = json.loads(file.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise DamagedInput(f"{file}: not JSON ({error})") from error
+    if not isinstance(record, dict):
+        raise DamagedInput(f"{file}: not a JSON object")
+    return record
+
+
+def _read_weights(file: Path) -> dict[str, Tensor]:
+    if not file.is_file():
+        raise MissingInput(f"{file}: no such file; weights are read from safetensors only")
+    try:
+        return load_file(file)
+    except SafetensorError as error:
+        raise DamagedInput(f"{file}: not a whole safetensors file ({error})") from error
