@@ -9,7 +9,7 @@ from __future__ import annotations
 import logging
 import os
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from datetime import timedelta
 
 import torch
@@ -36,7 +36,7 @@ class Runtime:
     rank: int = 0
     world_size: int = 1
     local_rank: int = 0
-    device: torch.device = torch.device("cpu")
+    device: torch.device = field(default_factory=lambda: torch.device("cpu"))
     group: ProcessGroup | None = None
 
     @property
@@ -48,8 +48,9 @@ class Runtime:
 def init_runtime() -> Runtime:
     """Join the other ranks and say who we are; a second call returns the same answer.
 
-    Reads what `deepspeed`, `torchrun`, `accelerate launch` and our Slurm recipe set (`RANK`, `WORLD_SIZE`, `LOCAL_RANK`,
-    `MASTER_ADDR`, `MASTER_PORT`); without them this process is alone and no port is opened. gloo on CPU, nccl on GPU.
+    Reads what `deepspeed`, `torchrun`, `accelerate launch` and our Slurm recipe set (`RANK`, `WORLD_SIZE`,
+    `LOCAL_RANK`, `MASTER_ADDR`, `MASTER_PORT`); without them this process is alone and no port is opened. gloo on
+    CPU, nccl on GPU.
     `DS_ACCELERATOR=cpu` keeps a machine with GPUs on its CPUs.
 
     Raises:

@@ -1,0 +1,89 @@
+"""Optimizer states by parameter name, whole, whatever the ZeRO stage cut them into.
+
+Stage 0 keeps a state a parameter; stages 1 and 2 keep flat slices of a group of parameters, stage 3 slices of each
+parameter, laid end to end. Getting is a collective: every rank asks for the same states in the same order.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from mmfoundry.pipeline.engine import Engine
+
+# What a rank's slice of a group counts its updates with; not cut, the same for every element.
+COUNTER = "step"
+
+
+def full_parameter(engine: Engine, parameter: nn.Parameter) -> Tensor:
+    """The whole fp32 value of a trainable parameter."""
+    if engine.stage == 3:
+        return parameter._z3_optimizer.get_full_hp_param(parameter)  # type: ignore[attr-defined]
+    return parameter.detach()
+
+
+def state_keys(engine: Engine) -> list[str]:
+    """What the optimizer keeps an element, e.g. `exp_avg` and `exp_avg_sq`; empty before its first step."""
+    for slices in engine.base_optimizer.state.values():
+        return sorted(key for key, value in slices.items() if key != COUNTER and isinstance(value, Tensor))
+    return []
+
+
+def full_state(engine: Engine, parameter: nn.Parameter, key: str) -> Tensor:
+    """The whole state `key` of a trainable parameter, in its shape."""
+    if engine.stage == 0:
+        return engine.base_optimizer.state[parameter][key]
+    if engine.stage == 3:
+        return parameter._z3_optimizer.get_full_hp_param(parameter, key)  # type: ignore[attr-defined]
+    return parameter.get_full_hp_param(key)  # type: ignore[attr-defined]
+
+
+def updates(engine: Engine) -> float:
+    """How many updates the optimizer has counted: what its bias correction reads."""
+    for slices in engine.base_optimizer.state.values():
+        return float(slices.get(COUNTER, 0))
+    return 0.0
+
+
+def load_states(engine: Engine, keys: list[str], count: float, read: Callable[[nn.Parameter, str], Tensor]) -> None:
+    """Give a fresh engine the states of a checkpoint; no collective.
+
+    Args:
+        engine: before its first step.
+        keys: as `state_keys` gave them.
+        count: as `updates` gave it.
+        read: the whole state of a trainable parameter.
+    """
+    optimizer = engine.deepspeed.optimizer
+    if engine.stage == 0:
+        slices = engine.trainable
+    elif engine.stage == 3:
+        slices = optimizer.fp32_partitioned_groups_flat
+    else:
+        slices = optimizer.single_partition_of_fp32_groups
+    for slice_ in slices:
+        state: dict[str, Any] = {key: torch.zeros_like(slice_) for key in keys}
+        state[COUNTER] = torch.tensor(count, dtype=torch.float32, device=slice_.device)
+        engine.base_optimizer.state[slice_] = state
+    if engine.stage in (1, 2):
+        optimizer._lazy_init_hp_params_optimizer_state()  # tells each parameter where its slice lies
+    for parameter in engine.trainable:
+        for key in keys:
+            _put(engine, parameter, key, read(parameter, key).to(torch.float32))
+
+
+def _put(engine: Engine, parameter: nn.Parameter, key: str, value: Tensor) -> None:
+    if engine.stage == 0:
+        engine.base_optimizer.state[parameter][key].copy_(value)
+    elif engine.stage == 3:
+        # DeepSpeed's own setter fails where the last rank's slice is padded.
+        size = parameter.partition_numel()  # type: ignore[attr-defined]
+        padded = value.new_zeros(size * engine.world_size)
+        padded[: value.numel()] = value.flatten()
+        mine = padded.narrow(0, size * engine.rank, size)
+        parameter._z3_optimizer.set_local_hp_param(mine, parameter, key)  # type: ignore[attr-defined]
+    else:
+        parameter.set_full_hp_param(value, key)  # type: ignore[attr-defined]
