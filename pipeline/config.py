@@ -181,8 +181,12 @@ def parse(
         return model.model_validate(dict(tree))
     except ValidationError as error:
         problems: dict[str, str] = {}
-        for entry in error.errors(include_url=False):
+        # Unknown keys first: a misspelt one explains the key that is then missing.
+        for entry in sorted(error.errors(include_url=False), key=lambda entry: entry["type"] != "extra_forbidden"):
             path, text = _explain(model, entry, prefix)
+            meant = f"did you mean {entry['loc'][-1]}?"
+            if entry["type"] == "missing" and any(told.endswith(meant) for told in problems.values()):
+                continue
             given = any(path == key or path.startswith(f"{key}.") for key in overridden)
             problems.setdefault(path, f"{'command line' if given else source}: {text}")
         lines = list(problems.values())
