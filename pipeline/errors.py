@@ -31,8 +31,11 @@ class TooManyUnreadable(MmfoundryError):
     """More samples could not be read than the config allows; the text counts them by reason."""
 
 
-class UnknownColumn(MmfoundryError):
-    """A filter names a metadata column that the pool lacks."""
+class UnknownColumn(MmfoundryError, ValueError):
+    """A filter names a metadata column that the pool lacks.
+
+    A `ValueError`, so that one raised in a config's validator is reported with the key's dotted path.
+    """
 
 
 class DamagedInput(MmfoundryError):
