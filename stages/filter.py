@@ -14,8 +14,9 @@ from pydantic import Field, field_validator, model_validator
 
 from mmfoundry.data.columns import COLUMNS
 from mmfoundry.data.decode import DecodeLimits
+from mmfoundry.data.filters.base import Filter
 from mmfoundry.data.filters.examples import examples_of
-from mmfoundry.data.filters.funnel import Judgement, Step, funnel_of, judge, steps_of, truth_metrics
+from mmfoundry.data.filters.funnel import Judgement, funnel_of, judge, steps_of, truth_metrics
 from mmfoundry.data.filters.subset import write_subset
 from mmfoundry.data.filters.tree import parse_filter
 from mmfoundry.data.reader import Pool
@@ -71,23 +72,18 @@ class FilterConfig(StageConfig):
 
     @model_validator(mode="after")
     def _has_scorer(self) -> FilterConfig:
-        wanted = columns_of(self.steps()) & SCORED
+        wanted = self.tree().columns() & SCORED
         if wanted and self.clip_score is None:
             raise ConfigError(f"a filter reads {', '.join(wanted)}, which needs clip_score.model")
         return self
 
-    def steps(self) -> list[Step]:
-        """The filter tree, step by step."""
-        return steps_of(parse_filter(self.filters))
+    def tree(self) -> Filter:
+        """The filter tree."""
+        return parse_filter(self.filters)
 
     def limits(self) -> DecodeLimits:
         """What an image may weigh."""
         return DecodeLimits(max_bytes=self.max_image_bytes, max_pixels=self.max_image_pixels)
-
-
-def columns_of(steps: Sequence[Step]) -> frozenset[str]:
-    """Every column that a step reads."""
-    return frozenset().union(*(one.columns() for _, one in steps))
 
 
 def run(config: FilterConfig, context: RunContext) -> Artifact:
@@ -102,8 +98,8 @@ def run(config: FilterConfig, context: RunContext) -> Artifact:
         MmfoundryError: nothing is kept.
     """
     pool = Pool(context.inputs["pool"], name=config.pool)
-    steps = config.steps()
-    request = Request(columns_of(steps), config.limits(), context.work)
+    tree = config.tree()
+    request = Request(tree.columns(), config.limits(), context.work)
     unreadable = describe(config, context, pool, request)
     if request.columns & SCORED:
         score(config, context, pool, request)
@@ -111,7 +107,7 @@ def run(config: FilterConfig, context: RunContext) -> Artifact:
     if not context.runtime.is_main:
         return context.finish({})
     table = read_table(request, len(pool.shards))
-    judgement = judge(steps, table)
+    judgement = judge(steps_of(tree), table)
     funnel = funnel_of(judgement, read_truth(request, len(pool.shards)), config.unseen_kinds)
     funnel |= {"shards": [shard.name for shard in pool.shards], "damaged": dict(sorted(damage_in(pool).items()))}
     write_atomic(context.work / "funnel.json", json.dumps(funnel, indent=1, ensure_ascii=False) + "\n")

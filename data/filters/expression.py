@@ -21,7 +21,7 @@ from typing import Literal, NamedTuple
 import polars as pl
 from pydantic import Field, field_validator
 
-from mmfoundry.data.columns import COLUMNS, JSON_PREFIX
+from mmfoundry.data.columns import COLUMNS, COMPUTED, JSON_PREFIX
 from mmfoundry.data.filters.base import FILTERS, Filter
 from mmfoundry.pipeline.errors import ConfigError, UnknownColumn
 from mmfoundry.pipeline.registry import unknown
@@ -172,7 +172,7 @@ def _member(left: _Value, node: ast.expr, text: str) -> pl.Expr:
 def _column(name: str) -> _Value:
     column = COLUMNS.get(name)
     if column is None:
-        raise UnknownColumn(f"{unknown('column', name, list(COLUMNS))}; a field of the sample's JSON is json.{name}")
+        raise UnknownColumn(f"{unknown('column', name, list(COMPUTED))}; a field of the sample's JSON is json.{name}")
     if column.dtype.is_numeric():
         return _Value(pl.col(name), "number")
     if column.dtype == pl.String:

@@ -22,7 +22,8 @@ Step = tuple[str, Filter]
 def steps_of(tree: Filter) -> list[Step]:
     """The steps of a tree, each with a name of its own.
 
-    What cannot be read, and a second sample of a uid, are dropped first, whether or not the tree says so. A sequence
+    What was found unreadable, and a second sample of a uid, are dropped first, whether or not the tree says so (but
+    only where it says `readable` is every image decoded to find out). A sequence
     (`all`, `basic`) is opened into its parts; `any` and `not` are one step. A name that comes again gets a number.
     """
     steps = _opened(name_of(tree), tree)

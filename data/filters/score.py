@@ -3,9 +3,12 @@
 from typing import Literal
 
 import polars as pl
-from pydantic import Field, model_validator
+from pydantic import Field, field_validator, model_validator
 
+from mmfoundry.data.columns import COLUMNS, JSON_PREFIX
 from mmfoundry.data.filters.base import FILTERS, Filter
+from mmfoundry.pipeline.errors import UnknownColumn
+from mmfoundry.pipeline.registry import unknown
 
 
 @FILTERS.register("clip_score")
@@ -21,6 +24,13 @@ class ClipScore(Filter):
     min: float | None = Field(None, ge=-1, le=1, description="cosine, inclusive; DataComp: 0.28 (B/32), 0.243 (L/14)")
     top: float | None = Field(None, gt=0, le=1, description="fraction of the pairs to keep; DataComp: 0.3")
     column: str = Field("clip_score", description="where the scores are: the scorer's, or a field `json.NAME`")
+
+    @field_validator("column")
+    @classmethod
+    def _known(cls, column: str) -> str:
+        if column not in COLUMNS and not column.startswith(JSON_PREFIX):
+            raise UnknownColumn(unknown("column", column, list(COLUMNS)))
+        return column
 
     @model_validator(mode="after")
     def _one_rule(self) -> "ClipScore":

@@ -68,10 +68,11 @@ def _parameters(kind: type[Filter], value: Any, path: str) -> dict[str, Any]:
 def _build(kind: type[Filter], parameters: dict[str, Any], path: str) -> Filter:
     try:
         return kind.model_validate(parameters)
-    except UnknownColumn as error:
-        raise UnknownColumn(f"{path}: {error}") from error
     except ValidationError as error:
-        raise ConfigError("; ".join(_sentence(kind, entry, path) for entry in error.errors()[:3])) from error
+        entries = error.errors()
+        causes = [entry.get("ctx", {}).get("error") for entry in entries]
+        known = UnknownColumn if any(isinstance(cause, UnknownColumn) for cause in causes) else ConfigError
+        raise known("; ".join(_sentence(kind, entry, path) for entry in entries[:3])) from error
 
 
 def _sentence(kind: type[Filter], entry: Any, path: str) -> str:
