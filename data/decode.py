@@ -28,12 +28,12 @@ _DECODER_ERRORS = (
     AttributeError,
     OverflowError,
     ZeroDivisionError,
-    NotImplementedError,
+    RuntimeError,  # its AVIF reader's
     MemoryError,
     struct.error,
     Image.DecompressionBombError,
 )
-_FORMATS = ("PNG", "JPEG", "WEBP", "GIF", "BMP", "TIFF", "PPM", "MPO", "AVIF")
+_FORMATS = ("PNG", "JPEG", "WEBP", "GIF", "BMP", "TIFF", "PPM", "AVIF")
 
 
 class UnreadableSample(DamagedInput):

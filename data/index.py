@@ -39,6 +39,8 @@ _KEY = re.compile(
 )  # webdataset's rule: the extension starts at the first dot
 _UNSAFE = re.compile("[\x00-\x1f\x7f\ud800-\udfff]")  # controls, and bytes that were not UTF-8
 
+_HOLES = ("damaged header", "cut off", "damaged long name")  # damage that hides how many members it cost
+
 ShardSpec = str | os.PathLike[str] | Sequence["str | os.PathLike[str]"]
 
 
@@ -59,7 +61,7 @@ class ShardIndex:
         shard: the tar.
         shard_bytes: its size when indexed.
         shard_mtime_ns: its time of change when indexed.
-        digest: SHA-256 of the tar in hex; empty where only headers were read.
+        digest: SHA-256 of the tar in hex, taken when it was written; empty where only headers were ever read.
         damage: what could not be read, in order of place.
         extensions: names of the extensions that occur, by number.
         arrays: the arrays of `_ARRAYS`, memory-mapped where the index came from a file.
@@ -149,7 +151,7 @@ def open_index(shard: str | os.PathLike[str], save: bool = True) -> ShardIndex:
         status = path.stat()
     except FileNotFoundError as error:
         raise MissingInput(f"{path}: no such shard") from error
-    index = _load_index(path)
+    index = stored_index(path)
     if index is not None and (index.shard_bytes, index.shard_mtime_ns) == (status.st_size, status.st_mtime_ns):
         return index
     index = _compare(index_shard(path), index)
@@ -162,15 +164,16 @@ def open_index(shard: str | os.PathLike[str], save: bool = True) -> ShardIndex:
 
 
 def _compare(index: ShardIndex, before: ShardIndex | None) -> ShardIndex:
-    """Name the samples that a damaged shard had when it was last indexed."""
-    if before is None or not index.damage:
+    """Keep what the last index knew of the same bytes, and name the samples that a shard now damaged had then."""
+    if before is None:
         return index
-    known = {*index.keys(), *(damage.name for damage in index.damage)}
-    gone = sorted({*before.keys()} - known)
-    return replace(
-        index,
-        damage=(*index.damage, *(Damage(index.shard_bytes, "gone since indexed", key) for key in gone)),
-    )
+    if not index.digest and index.shard_bytes == before.shard_bytes:
+        index = replace(index, digest=before.digest)  # the shard may only have been copied; `inspect.verify` tells
+    if index.damage:
+        known = {*index.keys(), *(damage.name for damage in index.damage)}
+        gone = [Damage(index.shard_bytes, "gone since indexed", key) for key in sorted({*before.keys()} - known)]
+        index = replace(index, damage=(*index.damage, *gone))
+    return index
 
 
 def index_shard(shard: Path, digest: bool = False) -> ShardIndex:
@@ -239,8 +242,8 @@ def drop_index(shard: Path) -> None:
     index_path(shard).unlink(missing_ok=True)
 
 
-def _load_index(shard: Path) -> ShardIndex | None:
-    """The index beside `shard` whatever its age; None where there is none or it is not whole: it can be made again."""
+def stored_index(shard: Path) -> ShardIndex | None:
+    """The index beside `shard` whatever its age; None where there is none or it is not whole."""
     try:
         with open(index_path(shard), "rb") as file:
             data = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
@@ -298,6 +301,8 @@ def _group(found: Iterable[TarMember | Damage]) -> _Grouped:
     for item in found:
         if isinstance(item, Damage):
             grouped.damage.append(item)
+            if item.reason not in _HOLES:
+                continue
             if grouped.samples:
                 borders.add(len(grouped.samples) - 1)
             beside_damage = True

@@ -9,8 +9,9 @@ from pathlib import Path
 from threading import Lock
 
 from mmfoundry.data.decode import UnreadableSample
-from mmfoundry.data.index import Damage, Member, ShardIndex, ShardSpec, expand_shards, open_index, require_samples
+from mmfoundry.data.index import Member, ShardIndex, ShardSpec, expand_shards, open_index, require_samples
 from mmfoundry.data.sample import RawSample
+from mmfoundry.data.tar import Damage
 from mmfoundry.pipeline.errors import MissingInput
 
 MAX_MEMBER_BYTES = 64 << 20

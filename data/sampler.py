@@ -58,7 +58,7 @@ def permute(position: int, size: int, seed: int) -> int:
     Args:
         position: 0 <= position < size.
         size: number of elements, at least 1.
-        seed: 64 bits; another seed gives another permutation.
+        seed: 0 to 2**64 - 1; another seed gives another permutation.
     """
     if size <= _SMALL:
         return _table(size, seed)[position]
@@ -98,7 +98,7 @@ class Order:
         Args:
             sizes: samples in each source.
             weights: share of each source in what is drawn, in any unit; by default each sample counts alike.
-            seed: of all permutations.
+            seed: of all permutations; its low 64 bits count.
         Raises:
             ConfigError: no source, an empty one, or a weight that is not positive or too small to be met.
         """
@@ -168,8 +168,8 @@ def _block_counts(weights: list[float], sources: int) -> list[int]:
     exact = [Fraction(weight).limit_denominator(10**6) for weight in weights]
     total = sum(exact)
     shares = [weight / total for weight in exact] if total else []
-    block = math.lcm(*(share.denominator for share in shares)) if shares else 0
-    if shares and block <= _MAX_BLOCK:
+    block = math.lcm(*(share.denominator for share in shares))
+    if shares and block <= _MAX_BLOCK and all(shares):
         block *= -(-_MIN_BLOCK // block)
         return [int(share * block) for share in shares]
     wanted = [weight / sum(weights) * _MAX_BLOCK for weight in weights]
