@@ -28,7 +28,7 @@ def init_vision_tower(tower: VisionTower, projection: nn.Linear) -> None:
         nn.init.normal_(weight, std=std)
     # Xavier's bound for the three projections stacked, as PyTorch's fused attention has them
     bound = math.sqrt(6 / (3 * tower.config.width + tower.config.width))
-    for layer in tower.encoder.layers:
+    for layer in tower.encoder.blocks():
         for linear in _queries_keys_values(layer):
             nn.init.uniform_(linear.weight, -bound, bound)
         _zero_attention_biases(layer)
@@ -42,7 +42,7 @@ def init_text_tower(tower: TextTower, projection: nn.Linear) -> None:
     nn.init.normal_(tower.embeddings.position_embedding.weight, std=0.01)
     nn.init.normal_(projection.weight, std=width**-0.5)
     residual_std = width**-0.5 * (2 * depth) ** -0.5  # each block adds twice to the residual stream
-    for layer in tower.encoder.layers:
+    for layer in tower.encoder.blocks():
         for linear in _queries_keys_values(layer):
             nn.init.normal_(linear.weight, std=width**-0.5)
         nn.init.normal_(layer.self_attn.out_proj.weight, std=residual_std)

@@ -8,7 +8,8 @@ instead of all: the same numbers, about a fifth less work in a tower of four lay
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from typing import cast
 
 import torch
 import torch.nn.functional as F
@@ -119,6 +120,10 @@ class Encoder(nn.Module):
         for layer in self.layers[:num_layers]:
             x_btD = layer(x_btD, is_causal=is_causal)
         return x_btD
+
+    def blocks(self) -> Iterator[EncoderLayer]:
+        """The layers, first to last, as what they are: a ModuleList tells type checkers only that they are modules."""
+        return iter(cast("list[EncoderLayer]", self.layers))
 
     def pooled(self, x_btD: Tensor, row_b: Tensor, *, is_causal: bool = False) -> Tensor:
         """Run all blocks and give position `row_b` of each sequence; (b, D), what `forward` gives there."""
