@@ -1,0 +1,142 @@
+"""A vision-language model on disk, our own layout: `config.json`, `model.safetensors` and the tokenizer's files."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+from transformers import AutoTokenizer
+from transformers.initialization import no_init_weights
+
+from mmfoundry.models.clip import CLIP
+from mmfoundry.models.io import CONFIG_FILE, WEIGHTS_FILE
+from mmfoundry.models.language import LanguageModel
+from mmfoundry.models.vlm import VisionLanguageModel, VlmConfig, VlmSettings
+from mmfoundry.models.vlm_text import VlmText, prepare_tokenizer
+from mmfoundry.pipeline.artifact import sync_files, write_atomic
+from mmfoundry.pipeline.config import parse
+from mmfoundry.pipeline.errors import DamagedInput, MissingInput
+
+FORMAT = "mmfoundry.vlm"
+
+
+def build_vlm(
+    clip: CLIP, language: LanguageModel, settings: VlmSettings, seed: int
+) -> tuple[VisionLanguageModel, VlmText]:
+    """A vision-language model of a CLIP's vision tower, an untrained connector and a language model.
+
+    Args:
+        clip: its vision tower is copied.
+        language: model and tokenizer are taken over and changed: the tokenizer learns the placeholder, and the model
+            gets a vector for it where it has none.
+        settings: everything that can be chosen.
+        seed: of the connector's weights.
+
+    Raises:
+        ConfigError: the tokenizer cannot be used; see `prepare_tokenizer`.
+    """
+    prepare_tokenizer(language.tokenizer, settings)
+    patch_id = language.tokenizer.convert_tokens_to_ids(settings.image.patch_token)
+    if patch_id >= language.model.get_input_embeddings().weight.shape[0]:
+        language.model.resize_token_embeddings(len(language.tokenizer))
+    config = VlmConfig(
+        **settings.model_dump(),
+        vision=clip.config.vision_cfg,
+        quick_gelu=clip.config.quick_gelu,
+        preprocess=clip.config.preprocess_cfg,
+        language_model=_plain_config(language.model.config.to_dict()),
+        patch_token_id=patch_id,
+    )
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        model = VisionLanguageModel(config, language.model)
+    model.model.vision_tower.load_state_dict(clip.vision_model.state_dict())
+    return model.eval(), VlmText(language.tokenizer, settings, model.tokens_per_tile)
+
+
+def save_vlm(
+    model: VisionLanguageModel, text: VlmText, folder: str | Path, state: Mapping[str, Tensor] | None = None
+) -> None:
+    """Write a model into a folder, each file whole or not at all.
+
+    Args:
+        model: what to write; its dtype is kept.
+        text: its tokenizer.
+        folder: made if it is not there.
+        state: weights by parameter name, where they are not (all) in `model` itself, as under ZeRO-3.
+    """
+    folder = Path(folder)
+    text.tokenizer.save_pretrained(folder)
+    given = model.state_dict() if state is None else state
+    tensors = {
+        name: value.detach().cpu().contiguous() for name, value in given.items() if name not in tied_names(model)
+    }
+    part = folder / f".{WEIGHTS_FILE}.part"
+    save_file(tensors, part, metadata={"format": "pt"})
+    sync_files([part])
+    os.replace(part, folder / WEIGHTS_FILE)
+    record = {"format": FORMAT, "model": model.config.model_dump(mode="json")}
+    write_atomic(folder / CONFIG_FILE, json.dumps(record, indent=2, ensure_ascii=False) + "\n")
+
+
+def load_vlm(folder: str | Path) -> tuple[VisionLanguageModel, VlmText]:
+    """Read a model that `save_vlm` wrote, on the CPU, in evaluation mode.
+
+    Raises:
+        MissingInput: a file is not there.
+        DamagedInput: a file cannot be read, or the weights do not fit the config.
+    """
+    folder = Path(folder)
+    config = _read_config(folder)
+    weights = folder / WEIGHTS_FILE
+    if not weights.is_file():
+        raise MissingInput(f"{weights}: no such file; run the stage that trains this model")
+    try:
+        state = load_file(weights)
+    except SafetensorError as error:
+        raise DamagedInput(f"{weights}: not a whole safetensors file ({error}); make it anew") from error
+    with no_init_weights():  # drawing 135M random numbers takes 4 s
+        model = VisionLanguageModel(config)
+    model.to(state[next(iter(state))].dtype)
+    missing, unknown = model.load_state_dict(state, strict=False)
+    problems = [f"{name} is missing" for name in missing if name not in tied_names(model)]
+    problems += [f"{name} is not known" for name in unknown]
+    if problems:
+        more = f" (and {len(problems) - 3} more)" if len(problems) > 3 else ""
+        raise DamagedInput(f"{weights}: the weights do not fit the config: {'; '.join(problems[:3])}{more}")
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
+    except (OSError, ValueError) as error:
+        raise DamagedInput(f"{folder}: the tokenizer cannot be read ({error})") from error
+    return model.eval(), VlmText(tokenizer, config, model.tokens_per_tile)
+
+
+def tied_names(model: VisionLanguageModel) -> set[str]:
+    """Names of weights that are another weight under a second name, and so are not written."""
+    embedding = model.model.language_model.get_input_embeddings().weight
+    return {"lm_head.weight"} if model.lm_head.weight is embedding else set()
+
+
+def _plain_config(config: dict[str, Any]) -> dict[str, Any]:
+    """A language model's config without what says where it came from."""
+    return {key: value for key, value in config.items() if key not in ("_name_or_path", "transformers_version")}
+
+
+def _read_config(folder: Path) -> VlmConfig:
+    file = folder / CONFIG_FILE
+    if not file.is_file():
+        raise MissingInput(f"{file}: no such file; a vision-language model's folder holds {CONFIG_FILE}")
+    try:
+        record = json.loads(file.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise DamagedInput(f"{file}: not JSON ({error})") from error
+    if not isinstance(record, dict) or record.get("format") != FORMAT or not isinstance(record.get("model"), dict):
+        raise DamagedInput(f"{file}: not the config of one of our vision-language models (format is not {FORMAT!r})")
+    return parse(VlmConfig, record["model"], source=file, prefix="model")
