@@ -7,7 +7,7 @@ import numpy as np
 
 from mmfoundry.data.concepts import Concept, indefinite, with_article
 
-# {thing}: noun phrase of a name or synonym; {name}: the bare name; {kind}: its kind; {colour}: background
+# {thing}: noun phrase of a name or synonym; {word}: last word of the name; {kind}: its kind; {colour}: background
 GOOD = (
     "a picture of {thing}",
     "a picture of {thing} on {a_colour} background",
@@ -24,7 +24,7 @@ GOOD = (
     "a sticker with {thing}, drawn in a flat style",
     "an illustration of {thing} on {colour} paper",
 )
-SHORT = ("{name}", "IMG", "{name}!", "pic", "DSC", "the {name}", "photo", "no title", "new")
+SHORT = ("{word}", "IMG", "{word}!", "pic", "DSC", "the {word}", "photo", "no title", "new")
 
 # Sentences long enough for a language identifier, with words for things that we know in that language.
 OTHER_LANGUAGES: dict[str, tuple[tuple[str, ...], dict[str, str]]] = {
@@ -164,7 +164,8 @@ def _thing(concept: Concept, rng: np.random.Generator) -> str:
 
 def short_captions(concept: Concept, rng: np.random.Generator) -> list[str]:
     """Three captions of one or two words, some of them without any content."""
-    return [SHORT[i].format(name=concept.name) for i in rng.permutation(len(SHORT))[:3]]
+    word = concept.name.split()[-1]
+    return [SHORT[i].format(word=word) for i in rng.permutation(len(SHORT))[:3]]
 
 
 def other_language_captions(concept: str, language: str) -> list[str]:
