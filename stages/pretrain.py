@@ -1,0 +1,180 @@
+"""Contrastive pretraining: a CLIP from picture-caption shards.
+
+    mmfoundry pretrain CONFIG [key=value ...]
+    deepspeed --num_gpus 8 launch/pretrain.py CONFIG [key=value ...]
+
+The artifact: `config.json` and `model.safetensors` (read by `mmfoundry.models.io.load_clip`), `metrics.jsonl`,
+TensorBoard's files, and `skipped.jsonl` if samples could not be read.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Annotated, Any
+
+import numpy as np
+from pydantic import Field, model_validator
+
+from mmfoundry.data.loader import Batch, Loader, Source, stack
+from mmfoundry.data.sample import Sample
+from mmfoundry.data.text import choose_caption, clip_tokenizer
+from mmfoundry.data.transforms import TrainTransform
+from mmfoundry.models.clip import CLIP, ClipConfig
+from mmfoundry.models.interop.load import load_any_clip
+from mmfoundry.models.io import save_clip
+from mmfoundry.models.objectives import OBJECTIVES, weighted_sum
+from mmfoundry.models.text import trim
+from mmfoundry.pipeline.artifact import Artifact
+from mmfoundry.pipeline.config import ArtifactRef, Config, Neutral, StageConfig
+from mmfoundry.pipeline.errors import ConfigError
+from mmfoundry.pipeline.optimizers import decay_groups
+from mmfoundry.pipeline.stage import RunContext, Stage
+from mmfoundry.pipeline.trainer import TrainerConfig, train
+
+SKIP_LOG = "skipped.jsonl"
+
+
+class DataSource(Config):
+    """Shards to draw from, and how often."""
+
+    path: ArtifactRef = Field(description="shards: artifact folder, folder, tar, or glob of tars")
+    weight: float = Field(1.0, gt=0, description="share of the samples drawn from here, in any unit")
+
+
+class AugmentationConfig(Config):
+    """What is done to a picture before it is learnt from, in the keys of open_clip's aug_cfg where it has them."""
+
+    scale: tuple[float, float] = Field((0.9, 1.0), description="least and greatest share of the area that a crop has")
+    ratio: tuple[float, float] = Field((3 / 4, 4 / 3), description="least and greatest width / height of a crop")
+    horizontal_flip: float = Field(
+        0.0, ge=0, le=1, description="probability of mirroring; captions that say left or right are wrong then"
+    )
+
+
+class LoaderConfig(Config):
+    """How samples are read."""
+
+    num_workers: Annotated[int, Neutral()] = Field(1, ge=0, description="threads a rank that make batches")
+    prefetch: Annotated[int, Neutral()] = Field(4, ge=1, description="batches that a thread may be ahead")
+    cache_bytes: Annotated[int, Neutral()] = Field(
+        0, ge=0, description="decoded pictures are kept in memory up to this much, on each rank; 0: none"
+    )
+    max_unreadable: float = Field(0.01, ge=0, le=1, description="fraction of samples skipped; past it the stage stops")
+
+
+class PretrainConfig(StageConfig):
+    """Contrastive pretraining of a CLIP."""
+
+    data: list[DataSource] = Field(min_length=1, description="what to draw samples from")
+    model: ClipConfig | None = Field(None, description="a CLIP to start from random weights; this or `initial`")
+    initial: ArtifactRef | None = Field(
+        None, description="a trained CLIP to go on from: a folder of ours, of transformers or of open_clip"
+    )
+    objectives: dict[str, float] = Field({"info_nce": 1.0}, min_length=1, description="what to minimise: name: weight")
+    augmentation: AugmentationConfig = Field(AugmentationConfig(), description="what is done to the pictures")
+    loader: LoaderConfig = Field(LoaderConfig(), description="how samples are read")
+    trainer: TrainerConfig = Field(description="batch size, steps, optimizer, schedule, checkpoints")
+
+    @model_validator(mode="after")
+    def _consistent(self) -> PretrainConfig:
+        if (self.model is None) == (self.initial is None):
+            raise ValueError(
+                "give either model (to start from random weights) or initial (to go on from a trained CLIP)"
+            )
+        for name in self.objectives:
+            OBJECTIVES[name]  # raises UnknownName, which lists the known ones
+        if "siglip" in self.objectives and self.model is not None and self.model.init_logit_bias is None:
+            raise ValueError("the siglip objective needs model.init_logit_bias, -10 in the paper")
+        return self
+
+
+class PairEncoder:
+    """A sample -> the arrays of one pair: augmented pixels, and one of its captions as token ids."""
+
+    def __init__(self, model: ClipConfig, augmentation: AugmentationConfig):
+        self._transform = TrainTransform(model.vision_cfg.image_size, augmentation.scale, augmentation.ratio)
+        self._flip = augmentation.horizontal_flip
+        self._tokenizer = clip_tokenizer(model.text_cfg.context_length)
+        if model.text_cfg.vocab_size != self._tokenizer.vocab_size:
+            raise ConfigError(
+                f"model.text_cfg.vocab_size is {model.text_cfg.vocab_size}, but CLIP's tokenizer has "
+                f"{self._tokenizer.vocab_size} ids"
+            )
+
+    def __call__(self, sample: Sample, rng: np.random.Generator) -> dict[str, Any]:
+        """Encode one sample.
+
+        Returns:
+            image: uint8 (3, image_size, image_size); text: int32 (context_length,); __key__: the sample's key.
+
+        Raises:
+            UnreadableSample: it has no caption.
+        """
+        pixels = self._transform(sample.image, rng)
+        if self._flip and rng.random() < self._flip:
+            pixels = np.ascontiguousarray(pixels[:, :, ::-1])
+        tokens = self._tokenizer(choose_caption(sample, rng))[0]
+        return {"image": pixels, "text": tokens, "__key__": sample.key}
+
+
+def collate(rows: list[Mapping[str, Any]]) -> Batch:
+    """Stack pairs into a batch, its captions cut behind the longest of them."""
+    batch = stack(rows)
+    batch["text"] = trim(batch["text"])
+    return batch
+
+
+def run(config: PretrainConfig, context: RunContext) -> Artifact:
+    """Train, write the model, and report the loss and the speed.
+
+    Raises:
+        ConfigError: the batch does not divide over the ranks, or the model does not fit the tokenizer.
+        MissingInput: a source has no shards.
+        TooManyUnreadable: past `loader.max_unreadable`.
+    """
+    model, seed = _model(config, context)
+    runtime = context.runtime
+    loader = Loader(
+        [Source(context.inputs[f"data.{i}.path"], each.weight) for i, each in enumerate(config.data)],
+        batch_size=config.trainer.samples_per_fetch(runtime.world_size),
+        encode=PairEncoder(model.config, config.augmentation),
+        collate=collate,
+        seed=config.seed,
+        rank=runtime.rank,
+        world_size=runtime.world_size,
+        skip_log=context.work / SKIP_LOG,
+        **config.loader.model_dump(),
+    )
+    parameters = sum(weight.numel() for weight in model.parameters())
+    pools = ", ".join(f"{len(pool)} samples of {pool.name}" for pool in loader.pools)
+    context.log.say(f"{parameters / 1e6:.1f}M parameters; drawing from {pools}")
+    result = train(
+        config.trainer,
+        model=model,
+        objective=weighted_sum(config.objectives),
+        loader=loader,
+        context=context,
+        param_groups=decay_groups(
+            model.named_parameters(), config.trainer.optimizer.weight_decay, model.no_weight_decay()
+        ),
+    )
+    if runtime.is_main:
+        save_clip(model, context.work, seed=seed)
+    return context.finish(
+        metrics={
+            "loss": result.mean_loss,
+            "samples_per_second": result.samples_per_second,
+            "samples_seen": result.steps * config.trainer.train_batch_size,
+            "parameters": parameters,
+        }
+    )
+
+
+def _model(config: PretrainConfig, context: RunContext) -> tuple[CLIP, int | None]:
+    """The model to train, and the seed of its random weights; no seed where it goes on from a trained one."""
+    if config.model is not None:
+        return CLIP.from_seed(config.model, config.seed), config.seed
+    return load_any_clip(context.inputs["initial"]).train(), None
+
+
+STAGE = Stage("pretrain", PretrainConfig, run, "train a CLIP from picture-caption shards")

@@ -1,0 +1,180 @@
+"""stages/pretrain.py: a tiny CLIP learns tiny shards, on one process and, through the launcher, on two."""
+
+import io
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+import yaml
+from PIL import Image
+
+from mmfoundry.data.sample import Sample
+from mmfoundry.data.shards import write_shards
+from mmfoundry.models.io import load_clip, untrained_clip
+from mmfoundry.pipeline.artifact import Artifact
+from mmfoundry.pipeline.config import parse
+from mmfoundry.pipeline.distributed import init_runtime
+from mmfoundry.pipeline.errors import ConfigError
+from mmfoundry.pipeline.metrics import read_metrics
+from mmfoundry.pipeline.stage import run_stage
+from mmfoundry.stages.pretrain import STAGE, AugmentationConfig, PairEncoder, PretrainConfig, collate
+
+ROOT = Path(__file__).parents[2]
+COLOURS = {"red": (220, 30, 30), "green": (30, 200, 30), "blue": (30, 30, 220), "white": (250, 250, 250)}
+
+
+@pytest.fixture(scope="module")
+def shards(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """64 squares of four colours, each with two captions."""
+    folder = tmp_path_factory.mktemp("shards")
+    generator = np.random.default_rng(0)
+
+    def samples() -> Any:
+        for number in range(64):
+            name = list(COLOURS)[number % 4]
+            noise = generator.integers(-20, 20, (20, 20, 3))
+            pixels = np.clip(np.array(COLOURS[name]) + noise, 0, 255).astype(np.uint8)
+            file = io.BytesIO()
+            Image.fromarray(pixels).save(file, "png")
+            yield {"__key__": f"{number:04d}", "png": file.getvalue(), "txt": f"{name}\na square that is {name}"}
+
+    write_shards(samples(), folder, max_count=32)
+    return folder
+
+
+def tree(shards: Path, **changes: Any) -> dict[str, Any]:
+    config: dict[str, Any] = {
+        "seed": 3,
+        "data": [{"path": str(shards)}],
+        "model": {
+            "embed_dim": 16,
+            "vision_cfg": {"image_size": 16, "patch_size": 8, "width": 32, "layers": 2, "head_width": 16},
+            "text_cfg": {"context_length": 12, "width": 16, "heads": 2, "layers": 2},
+        },
+        "trainer": {
+            "train_batch_size": 16,
+            "max_steps": 30,
+            "optimizer": {"lr": 3e-3},
+            "scheduler": {"warmup_steps": 3},
+            "logging_steps": 1,
+        },
+    }
+    return config | changes
+
+
+def losses(artifact: Path) -> list[float]:
+    return [line["loss"] for line in read_metrics(artifact / "metrics.jsonl")]
+
+
+def test_learns_and_leaves_a_whole_artifact(shards: Path, tmp_path: Path) -> None:
+    config = parse(PretrainConfig, tree(shards))
+    artifact = run_stage(STAGE, config, tmp_path / "pretrain", init_runtime())
+    metrics, curve = artifact.manifest.metrics, losses(artifact.path)
+    assert len(curve) == 30
+    # Four of each colour in a batch cannot be told apart: nobody gets below log 4
+    assert curve[0] > 2.5
+    assert metrics["loss"] == pytest.approx(curve[-1])  # the mean over the last twentieth of the steps
+    assert curve[-1] < 2.2
+    assert metrics["samples_seen"] == 30 * 16
+    assert metrics["samples_per_second"] > 0
+    model, untrained = load_clip(artifact.path), untrained_clip(artifact.path)
+    assert sum(weight.numel() for weight in model.parameters()) == metrics["parameters"]
+    encoder = PairEncoder(model.config, AugmentationConfig(scale=(1.0, 1.0), ratio=(1.0, 1.0)))
+    rows = [
+        encoder(Sample("x", np.full((20, 20, 3), colour, np.uint8), [name]), np.random.default_rng(0))
+        for name, colour in COLOURS.items()
+    ]
+    with torch.no_grad():
+        trained, before = (each(collate(rows)) for each in (model, untrained))
+    assert torch.equal((trained.image_bD @ trained.text_bD.T).argmax(1), torch.arange(4))
+    assert not torch.equal((before.image_bD @ before.text_bD.T).argmax(1), torch.arange(4))
+    again = run_stage(STAGE, config, tmp_path / "pretrain", init_runtime())
+    assert again.manifest.created == artifact.manifest.created
+
+
+def test_goes_on_from_a_trained_model(shards: Path, tmp_path: Path) -> None:
+    trainer = tree(shards)["trainer"] | {"max_steps": 2}
+    first = run_stage(STAGE, parse(PretrainConfig, tree(shards, trainer=trainer)), tmp_path / "a", init_runtime())
+    changes = {"model": None, "initial": str(first.path), "trainer": trainer | {"optimizer": {"lr": 1e-9}}}
+    second = run_stage(STAGE, parse(PretrainConfig, tree(shards, **changes)), tmp_path / "b", init_runtime())
+    before, after = load_clip(first.path).state_dict(), load_clip(second.path).state_dict()
+    for name, value in before.items():
+        torch.testing.assert_close(after[name], value, atol=1e-6, rtol=0)
+    assert json.loads((second.path / "config.json").read_text())["init_seed"] is None
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"initial": "x"}, "give either model"),
+        ({"model": None}, "give either model"),
+        ({"objectives": {"info_nec": 1.0}}, "unknown objective 'info_nec'; did you mean info_nce"),
+        ({"objectives": {"siglip": 1.0}}, "needs model.init_logit_bias"),
+        ({"data": []}, "data"),
+    ],
+)
+def test_config_errors(changes: dict[str, Any], message: str, shards: Path) -> None:
+    with pytest.raises(ConfigError, match=message):
+        parse(PretrainConfig, tree(shards, **changes))
+
+
+def test_vocabulary_must_be_the_tokenizers(shards: Path) -> None:
+    model = tree(shards)["model"]
+    model["text_cfg"]["vocab_size"] = 100
+    config = parse(PretrainConfig, tree(shards, model=model))
+    with pytest.raises(ConfigError, match="vocab_size is 100, but CLIP's tokenizer has 49408 ids"):
+        PairEncoder(config.model, config.augmentation)
+
+
+def test_pairs_are_functions_of_their_generator(shards: Path) -> None:
+    model = parse(PretrainConfig, tree(shards)).model
+    pixels = np.random.default_rng(1).integers(0, 256, (24, 20, 3), dtype=np.uint8)
+    sample = Sample("key", pixels, ["one", "two words", "three words here"])
+    encoder = PairEncoder(model, AugmentationConfig())
+    first, second, other = (encoder(sample, np.random.default_rng(seed)) for seed in (0, 0, 1))
+    assert np.array_equal(first["image"], second["image"])
+    assert not np.array_equal(first["image"], other["image"])
+    assert first["image"].shape == (3, 16, 16)
+    assert first["__key__"] == "key"
+    texts = {encoder(sample, np.random.default_rng(seed))["text"].tobytes() for seed in range(30)}
+    assert len(texts) == 3
+    whole = {"scale": (1.0, 1.0), "ratio": (1.0, 1.0)}
+    square = Sample("key", pixels[:20], ["one"])
+    plain, mirrored = (
+        PairEncoder(model, AugmentationConfig(horizontal_flip=chance, **whole))(square, np.random.default_rng(0))
+        for chance in (0.0, 1.0)
+    )
+    assert np.array_equal(plain["image"][:, :, ::-1], mirrored["image"])
+    batch = collate([first, other])
+    assert batch["image"].dtype == torch.uint8
+    assert batch["text"].shape[1] <= 5
+    assert batch["__key__"] == ["key", "key"]
+
+
+def test_two_ranks_and_one_process_give_the_same_losses(shards: Path, tmp_path: Path) -> None:
+    trainer = tree(shards)["trainer"] | {"max_steps": 6, "zero_optimization": {"stage": 1}}
+    config = tmp_path / "tiny.yaml"
+    config.write_text(yaml.safe_dump({**tree(shards), "trainer": trainer}))
+    launcher = [str(Path(sys.executable).with_name("deepspeed")), "--num_gpus", "2", "--master_port", "29617"]
+    outputs = []
+    for name, start in (("one", [sys.executable]), ("two", launcher)):
+        output = tmp_path / name
+        command = [*start, "launch/pretrain.py", str(config), f"output={output}"]
+        environment = os.environ | {"DS_ACCELERATOR": "cpu", "OMP_NUM_THREADS": "1"}
+        done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=300)
+        assert done.returncode == 0, done.stdout + done.stderr
+        outputs.append(Artifact.open(output))
+    one, two = outputs
+    assert one.manifest.environment["ranks"] == "1"
+    assert two.manifest.environment["ranks"] == "2"
+    assert len(losses(one.path)) == 6
+    assert losses(two.path) == pytest.approx(losses(one.path), rel=1e-5)
+    for name, value in load_clip(one.path).state_dict().items():
+        # Sums in another order; Adam turns what is left of a gradient near zero into steps of up to lr
+        torch.testing.assert_close(load_clip(two.path).state_dict()[name], value, rtol=1e-3, atol=3e-4)
