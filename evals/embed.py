@@ -33,8 +33,8 @@ def embed_pictures(clip: Clip, samples: Samples, runtime: Runtime, batch_size: i
         batch = np.stack([np.asarray(transform(samples.picture(row))) for row in rows])
         parts.append(clip.encode_image(torch.from_numpy(batch)).float())
     width = clip.encode_text([""]).shape[-1]  # a rank without pictures must still know how wide its rows are
-    rows = torch.cat(parts) if parts else torch.zeros(0, width, device=runtime.device)
-    return gather_rows(rows, len(samples), runtime).cpu().numpy()
+    own = torch.cat(parts) if parts else torch.zeros(0, width, device=runtime.device)
+    return gather_rows(own, len(samples), runtime).cpu().numpy()
 
 
 @torch.no_grad()

@@ -16,7 +16,7 @@ NUM_EXAMPLES = 12
 
 @EVAL_TASKS.register("hard_negatives")
 class HardNegatives(EvalTask):
-    """Share of pictures whose caption scores above every one of its hard negatives, and above each alone."""
+    """Share of pictures whose caption scores above all of its hard negatives, and above each alone, by kind."""
 
     needs: ClassVar[Literal["clip", "vlm"]] = "clip"
 
@@ -25,7 +25,8 @@ class HardNegatives(EvalTask):
     def run(self, name: str, bench: Bench) -> TaskResult:
         """Compare the first caption of each picture with its hard negatives."""
         samples = bench.open(self.scenes)
-        negatives = [_texts(samples, row) for row in range(len(samples))]
+        given = [read_negatives(samples, row) for row in range(len(samples))]
+        negatives = [[text for text, _ in pairs] for pairs in given]
         kept = [row for row, texts in enumerate(negatives) if texts]
         if not kept:
             raise DamagedInput(f"{name}: no sample has hard negatives")
@@ -38,6 +39,12 @@ class HardNegatives(EvalTask):
             self._row(name, name, whole, float((1 / (num + 1)).mean()), None, bench.seed),
             self._row(name, f"{name}_pairwise", pairs, 0.5, np.repeat(kept, num).tolist(), bench.seed),
         ]
+        kinds = np.array([kind for row in kept for _, kind in given[row]])
+        owner = np.repeat(kept, num)
+        for kind in sorted(set(kinds.tolist()) - {""}):
+            of_kind = {which: hits[kinds == kind] for which, hits in pairs.items()}
+            clusters = owner[kinds == kind].tolist()
+            rows.append(self._row(name, f"{name}_{kind}", of_kind, 0.5, clusters, bench.seed))
         predictions = [
             {
                 "key": samples.key(row),
@@ -71,12 +78,20 @@ class HardNegatives(EvalTask):
         return Row.of(name, metric, estimate, chance=chance, untrained=untrained, constant=chance)
 
 
-def _texts(samples: Samples, row: int) -> list[str]:
-    """The hard negatives of one sample, without any that is one of its true captions."""
-    given: Any = samples.meta[row].get("hard_negatives", [])
-    if not isinstance(given, list) or not all(isinstance(text, str) for text in given):
-        raise DamagedInput(f"sample {samples.key(row)}: hard_negatives is not a list of strings")
-    return [text for text in given if text not in samples.captions[row]]
+def read_negatives(samples: Samples, row: int) -> list[tuple[str, str]]:
+    """Text and kind ("" where kinds are not told) of one sample's hard negatives, without true captions of it.
+
+    Raises:
+        DamagedInput: `hard_negatives` or `hard_negative_kinds` is not a list of texts, or they do not pair.
+    """
+    meta = samples.meta[row]
+    texts: Any = meta.get("hard_negatives", [])
+    if not isinstance(texts, list) or not all(isinstance(text, str) for text in texts):
+        raise DamagedInput(f"sample {samples.key(row)}: hard_negatives is not a list of texts")
+    kinds: Any = meta.get("hard_negative_kinds", [""] * len(texts))
+    if not isinstance(kinds, list) or len(kinds) != len(texts) or not all(isinstance(kind, str) for kind in kinds):
+        raise DamagedInput(f"sample {samples.key(row)}: hard_negative_kinds is not one text for each hard negative")
+    return [(text, kind) for text, kind in zip(texts, kinds, strict=True) if text not in samples.captions[row]]
 
 
 def _example(samples: Samples, row: int, prediction: dict) -> Example:

@@ -10,7 +10,7 @@ from pydantic import Field
 
 from mmfoundry.evals.embed import embed_pictures
 from mmfoundry.evals.metrics import Floats, Ints, best_constant, mean, top_k_hits
-from mmfoundry.evals.samples import class_indices
+from mmfoundry.evals.samples import class_indices, clusters_of
 from mmfoundry.evals.task import EVAL_TASKS, Bench, EvalTask, Row, Selection, TaskResult
 from mmfoundry.pipeline.errors import ConfigError
 
@@ -84,6 +84,9 @@ class LinearProbe(EvalTask):
     test: Selection = Field(description="pictures that it is scored on")
     label: str = Field(description="metadata field that holds the class name")
     l2: float | None = Field(None, ge=0, description="weight penalty; null: swept on a fifth of `train`")
+    cluster_by: str | None = Field(
+        None, description="metadata field; samples that share it (styles of one concept) are resampled together"
+    )
 
     def run(self, name: str, bench: Bench) -> TaskResult:
         """Fit on the embeddings of `train`, score on those of `test`."""
@@ -101,7 +104,7 @@ class LinearProbe(EvalTask):
         row = Row.of(
             name,
             name,
-            mean(hits["trained"], seed=bench.seed),
+            mean(hits["trained"], clusters=clusters_of(test, self.cluster_by), seed=bench.seed),
             chance=1 / len(names),
             untrained=float(hits["untrained"].mean()) if "untrained" in hits else None,
             constant=best_constant(truth),

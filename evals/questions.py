@@ -11,9 +11,11 @@ from numpy.typing import NDArray
 from mmfoundry.evals.samples import Samples
 from mmfoundry.pipeline.distributed import Runtime
 from mmfoundry.pipeline.errors import DamagedInput
+from mmfoundry.pipeline.progress import Progress
 
-# Pictures (H, W, 3) uint8 and one question each, to one answer each.
-Answer = Callable[[Sequence[NDArray[np.uint8]], Sequence[str]], list[str]]
+# Pictures (H, W, 3) uint8, questions, and which picture each question is about, to one answer a question. A model may
+# look at a picture once for all that is asked about it.
+Answer = Callable[[Sequence[NDArray[np.uint8]], Sequence[str], Sequence[int]], list[str]]
 
 
 @dataclass(frozen=True)
@@ -39,7 +41,7 @@ def read_questions(samples: Samples, types: Sequence[str] | None = None, per_typ
     Args:
         samples: whose JSON to read.
         types: question types wanted; None takes all.
-        per_type: how many to take of each type, spread over the samples in order; None takes all.
+        per_type: how many to take of each type, drawn from all samples; None takes all.
 
     Raises:
         DamagedInput: a question lacks a part, or a wanted type has none.
@@ -65,32 +67,50 @@ def _question(samples: Samples, row: int, entry: Any) -> Question:
 
 
 def spread(questions: list[Question], limit: int | None) -> list[Question]:
-    """At most `limit` of the questions, at even distances, so that no part of the data is left out."""
+    """At most `limit` of the questions, in their order, drawn by a fixed seed.
+
+    Not every so many: where yes and no alternate, every second question would have the same answer.
+    """
     if limit is None or len(questions) <= limit:
         return questions
-    return [questions[i] for i in np.linspace(0, len(questions) - 1, limit).round().astype(int)]
+    return [questions[i] for i in sorted(np.random.default_rng(0).permutation(len(questions))[:limit].tolist())]
 
 
-def ask(answer: Answer, samples: Samples, questions: Sequence[Question], runtime: Runtime, batch: int) -> list[str]:
+def ask(
+    answer: Answer,
+    samples: Samples,
+    questions: Sequence[Question],
+    runtime: Runtime,
+    batch: int,
+    shown: Progress | None = None,
+) -> list[str]:
     """The model's answers in the order of `questions`; each rank answers its share.
 
     Args:
-        answer: pictures and one question each, to one answer each.
+        answer: the model under test.
         samples: where the pictures are.
-        questions: what to ask; questions about one picture should stand together, they are asked in one batch.
+        questions: what to ask; those about one picture go to the model in one call.
         runtime: ranks to share the work.
-        batch: questions a call.
+        batch: questions a call, about; a picture's questions are not split.
+        shown: counts the answers of all ranks.
     """
-    by_picture = sorted(range(len(questions)), key=lambda i: (questions[i].row, i))
-    mine = by_picture[runtime.rank :: runtime.world_size]
+    by_picture: dict[int, list[int]] = {}
+    for i, question in enumerate(questions):
+        by_picture.setdefault(question.row, []).append(i)
+    mine = sorted(by_picture)[runtime.rank :: runtime.world_size]
     given: dict[int, str] = {}
-    for start in range(0, len(mine), batch):
-        part = mine[start : start + batch]
-        pictures = {questions[i].row: samples.picture(questions[i].row) for i in part}
-        replies = answer([pictures[questions[i].row] for i in part], [questions[i].text for i in part])
+    while mine:
+        rows: list[int] = []
+        while mine and (not rows or sum(len(by_picture[row]) for row in [*rows, mine[0]]) <= batch):
+            rows.append(mine.pop(0))
+        part = [i for row in rows for i in by_picture[row]]
+        picture_of = [rows.index(questions[i].row) for i in part]
+        replies = answer([samples.picture(row) for row in rows], [questions[i].text for i in part], picture_of)
         if len(replies) != len(part):
             raise RuntimeError(f"the model gave {len(replies)} answers to {len(part)} questions")
         given.update(zip(part, replies, strict=True))
+        if shown is not None:
+            shown.advance(min(len(part) * runtime.world_size, len(questions) - shown.done))
     if runtime.group is not None:
         shares: list[dict[int, str]] = [{} for _ in range(runtime.world_size)]
         dist.all_gather_object(shares, given, group=runtime.group)

@@ -50,7 +50,7 @@ class Samples:
 
     def key(self, row: int) -> str:
         """The row-th sample's key."""
-        return self.pool.get(self.positions[row]).key
+        return self.pool.key(self.positions[row])
 
     def field(self, name: str) -> list[Any]:
         """One metadata field of every sample.
@@ -73,9 +73,11 @@ def select(pool: Pool, where: Mapping[str, Any], limit: int | None = None) -> Sa
         limit: stop after this many.
 
     Raises:
-        DamagedInput: a sample's metadata cannot be read.
+        DamagedInput: a shard is damaged, or a sample's metadata cannot be read.
         MissingInput: none matches.
     """
+    for shard, damage in pool.damage:
+        raise DamagedInput(f"{shard}: {damage}; an evaluation needs every sample")
     chosen = Samples(pool, [], [], [])
     for position, (captions, meta) in enumerate(_metadata(pool)):
         if len(chosen) == limit:
@@ -96,12 +98,17 @@ def _matches(value: Any, wanted: Any) -> bool:
 
 def _metadata(pool: Pool) -> Iterator[tuple[list[str], dict[str, Any]]]:
     for position in range(len(pool)):
-        raw = pool.get(position)
+        raw = pool.get(position, ("txt", "json"))
         try:
             captions, messages, meta = read_text(raw)
         except UnreadableSample as error:
             raise DamagedInput(f"{raw.shard}: sample {raw.key}: {error}; an evaluation needs every sample") from error
         yield captions, meta if messages is None else meta | {"messages": messages}
+
+
+def clusters_of(samples: Samples, field: str | None) -> list[Any] | None:
+    """The labels by which `metrics.bootstrap` draws samples together; None: each on its own."""
+    return None if field is None else samples.field(field)
 
 
 def class_indices(labels: Sequence[str]) -> tuple[list[str], NDArray[np.int64]]:

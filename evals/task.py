@@ -6,6 +6,7 @@ questions about pictures, is measured by the same code. To add one: a file with 
 
 from abc import abstractmethod
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
 from typing import Any, ClassVar, Literal
 
@@ -21,6 +22,7 @@ from mmfoundry.evals.samples import Samples
 from mmfoundry.pipeline.config import Config
 from mmfoundry.pipeline.distributed import Runtime, all_gather_rows
 from mmfoundry.pipeline.errors import ConfigError
+from mmfoundry.pipeline.progress import Progress, progress_bar
 from mmfoundry.pipeline.registry import Registry
 
 
@@ -119,6 +121,7 @@ class Bench:
         answer, untrained_answer: a vision-language model's way to answer; None if the stage was given none.
         seed: of bootstrap draws and of anything sampled.
         batch_size: pictures a forward pass.
+        progress: (total, description, unit) to a context manager whose `advance` counts finished units.
     """
 
     open: Callable[[Selection], Samples]
@@ -129,6 +132,7 @@ class Bench:
     untrained_answer: Answer | None = None
     seed: int = 0
     batch_size: int = 64
+    progress: Callable[[int | None, str, str], AbstractContextManager[Progress]] = progress_bar
     _asked: dict[tuple[str, bool], dict[tuple[int, str], str]] = field(default_factory=dict)
 
     def ask(
@@ -149,7 +153,8 @@ class Bench:
             raise ConfigError("this evaluation needs a vision-language model: set the stage's `vlm`")
         known = self._asked.setdefault((selection.model_dump_json(), untrained), {})
         new = [question for question in questions if (question.row, question.text) not in known]
-        replies = ask(answer, samples, new, self.runtime, batch)
+        with self.progress(len(new), f"questions{' to the untrained model' if untrained else ''}", "answers") as shown:
+            replies = ask(answer, samples, new, self.runtime, batch, shown)
         known.update({(question.row, question.text): reply for question, reply in zip(new, replies, strict=True)})
         return [known[question.row, question.text] for question in questions]
 
@@ -166,6 +171,8 @@ class Bench:
 
 class EvalTask(Config):
     """Settings of one evaluation, and how to run it."""
+
+    task: str = Field(description="name of the evaluation, as `mmfoundry list eval-task` prints it")
 
     needs: ClassVar[Literal["clip", "vlm"]]
 

@@ -9,9 +9,9 @@ from pydantic import Field, field_validator
 
 from mmfoundry.evals.embed import Embeddings, embed_pictures, embed_texts
 from mmfoundry.evals.metrics import best_constant, bootstrap, mean, mean_per_class_recall, top_k_hits
-from mmfoundry.evals.samples import Samples, class_indices
+from mmfoundry.evals.samples import Samples, class_indices, clusters_of
 from mmfoundry.evals.task import EVAL_TASKS, Bench, Clip, EvalTask, Example, Row, Selection, TaskResult
-from mmfoundry.pipeline.errors import ConfigError
+from mmfoundry.pipeline.errors import ConfigError, DamagedInput
 
 NUM_EXAMPLES = 24
 
@@ -59,12 +59,18 @@ class ZeroShot(EvalTask):
 
     pictures: Selection = Field(description="which pictures to classify")
     label: str = Field(description="metadata field that holds the class name")
+    words: Literal["label", "caption"] = Field(
+        "label", description="what stands for a class in the prompts: its label, or its first picture's first caption"
+    )
     templates: str | list[str] = Field(
         "plain", description="prompts with {} for the name, or a file of evals/templates"
     )
     top: list[int] = Field([1, 5], min_length=1, description="values of k in top-k accuracy")
     labels_among: Selection | None = Field(
         None, description="samples whose labels are the candidate classes; null: those of `pictures`"
+    )
+    cluster_by: str | None = Field(
+        None, description="metadata field; samples that share it (styles of one concept) are resampled together"
     )
 
     @field_validator("templates")
@@ -79,15 +85,16 @@ class ZeroShot(EvalTask):
         """Classify every picture among all classes."""
         samples = bench.open(self.pictures)
         labels = [str(label) for label in samples.field(self.label)]
-        candidates = bench.open(self.labels_among).field(self.label) if self.labels_among else []
-        names, _ = class_indices([*labels, *map(str, candidates)])
-        target = np.array([names.index(label) for label in labels])
+        sources = [samples, bench.open(self.labels_among)] if self.labels_among else [samples]
+        words = {label: words for source in reversed(sources) for label, words in self._class_words(source).items()}
+        names, indices = class_indices([*labels, *words])
+        target = indices[: len(labels)]
         templates = load_templates(self.templates) if isinstance(self.templates, str) else self.templates
         scores = {}
         for which, clip in bench.clips().items():
             pictures = embed_pictures(clip, samples, bench.runtime, bench.batch_size)
-            scores[which] = pictures @ class_embeddings(clip, names, templates).T
-        rows = self._rows(name, scores, target, len(names), bench.seed)
+            scores[which] = pictures @ class_embeddings(clip, [words[each] for each in names], templates).T
+        rows = self._rows(name, scores, target, clusters_of(samples, self.cluster_by), bench.seed)
         order = np.argsort(-scores["trained"], axis=1, kind="stable")
         predictions = [
             {"key": samples.key(row), "label": labels[row], "top": [names[c] for c in order[row, : max(self.top)]]}
@@ -95,9 +102,20 @@ class ZeroShot(EvalTask):
         ]
         return TaskResult(rows, predictions, _examples(samples, predictions, bench.seed))
 
+    def _class_words(self, samples: Samples) -> dict[str, str]:
+        """What stands for each class of these samples in the prompts."""
+        labels = [str(label) for label in samples.field(self.label)]
+        if self.words == "label":
+            return {label: label for label in labels}
+        for row, captions in enumerate(samples.captions):
+            if not captions:
+                raise DamagedInput(f"sample {samples.key(row)} has no caption to stand for {labels[row]!r}")
+        return {label: samples.captions[row][0] for row, label in reversed(list(enumerate(labels)))}
+
     def _rows(
-        self, name: str, scores: dict[str, Embeddings], target: np.ndarray, num_classes: int, seed: int
+        self, name: str, scores: dict[str, Embeddings], target: np.ndarray, clusters: list | None, seed: int
     ) -> list[Row]:
+        num_classes = scores["trained"].shape[1]
         rows = []
         for k in self.top:
             hits = {which: top_k_hits(values, target, k) for which, values in scores.items()}
@@ -105,7 +123,7 @@ class ZeroShot(EvalTask):
                 Row.of(
                     name,
                     f"{name}_top{k}" if len(self.top) > 1 else name,
-                    mean(hits["trained"], seed=seed),
+                    mean(hits["trained"], clusters=clusters, seed=seed),
                     chance=min(1.0, k / num_classes),
                     untrained=float(hits["untrained"].mean()) if "untrained" in hits else None,
                     constant=best_constant(target, k),
@@ -117,7 +135,7 @@ class ZeroShot(EvalTask):
             Row.of(
                 name,
                 f"{name}_mean_per_class_recall",
-                bootstrap(recall["trained"], len(target), seed=seed),
+                bootstrap(recall["trained"], len(target), clusters=clusters, seed=seed),
                 chance=1 / num_classes,
                 untrained=float(recall["untrained"](one)[0]) if "untrained" in recall else None,
                 constant=1 / len(np.unique(target)),

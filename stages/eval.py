@@ -1,0 +1,245 @@
+"""The `eval` stage: measure a CLIP and a vision-language model against chance, constant answers and no training."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import re
+import shutil
+import time
+from collections.abc import Sequence
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from PIL import Image
+from pydantic import Field, SerializeAsAny, field_validator, model_validator
+
+from mmfoundry.data.reader import Pool
+from mmfoundry.data.text import clip_tokenizer
+from mmfoundry.data.tiles import cut_tiles
+from mmfoundry.evals.questions import Answer
+from mmfoundry.evals.samples import Samples, select
+from mmfoundry.evals.suite import load_suite, parse_task, selections
+from mmfoundry.evals.task import Bench, Clip, EvalTask, Example, Row, Selection, TaskResult
+from mmfoundry.models import generate
+from mmfoundry.models.clip import CLIP
+from mmfoundry.models.interop.load import load_any_clip
+from mmfoundry.models.io import untrained_clip
+from mmfoundry.models.vlm import VisionLanguageModel
+from mmfoundry.models.vlm_io import load_vlm
+from mmfoundry.models.vlm_text import VlmText
+from mmfoundry.pipeline.artifact import Artifact, write_atomic
+from mmfoundry.pipeline.config import ArtifactRef, StageConfig
+from mmfoundry.pipeline.distributed import barrier
+from mmfoundry.pipeline.errors import ConfigError, DamagedInput, MissingInput
+from mmfoundry.pipeline.registry import unknown
+from mmfoundry.pipeline.stage import RunContext, Stage
+
+RESULTS = "results.json"
+TASK_NAME = re.compile(r"[a-z0-9_]+")
+
+
+class EvalConfig(StageConfig):
+    """What to measure, and on what."""
+
+    clip: ArtifactRef | None = Field(None, description="CLIP to measure: a pretrain artifact")
+    vlm: ArtifactRef | None = Field(None, description="vision-language model to measure: an instruct artifact")
+    data: dict[str, ArtifactRef] = Field(
+        description="data sets by the names that the tasks use: artifacts, tars, globs"
+    )
+    suite: str | None = Field(None, description="a suite of evals/suites (emoji) or a YAML file of that form")
+    tasks: dict[str, SerializeAsAny[EvalTask]] = Field(
+        default_factory=dict, description="evaluations by name, added to the suite's or in place of them"
+    )
+    only: list[str] | None = Field(None, min_length=1, description="names of the tasks to run; null: all")
+    untrained: bool = Field(True, description="measure the models before training, too, where that can be rebuilt")
+    batch_size: int = Field(64, ge=1, description="pictures a forward pass of the CLIP, each rank")
+
+    @model_validator(mode="before")
+    @classmethod
+    def _take_in_suite(cls, tree: Any) -> Any:
+        """Put the suite's entries into `tasks`, so that the manifest tells what was run."""
+        if not isinstance(tree, dict) or not isinstance(tree.get("tasks", {}), dict):
+            return tree
+        suite = load_suite(tree["suite"]) if isinstance(tree.get("suite"), str) else {}
+        return tree | {"tasks": suite | tree.get("tasks", {})}
+
+    @field_validator("tasks", mode="before")
+    @classmethod
+    def _typed_tasks(cls, tasks: Any) -> Any:
+        if not isinstance(tasks, dict):
+            return tasks
+        for name in tasks:
+            if not isinstance(name, str) or not TASK_NAME.fullmatch(name):
+                raise ConfigError(f"task {name!r}: lower-case letters, digits and _ only; it becomes a file name")
+        return {name: parse_task(name, tree) for name, tree in tasks.items()}
+
+    @model_validator(mode="after")
+    def _fits_together(self) -> EvalConfig:
+        if not self.tasks:
+            raise ConfigError("nothing to measure: give a `suite` or `tasks`")
+        for name in self.only or ():
+            if name not in self.tasks:
+                raise ConfigError(f"only: {unknown('task', name, list(self.tasks))}")
+        for name, task in self.to_run().items():
+            for selection in selections(task):
+                if selection.data not in self.data:
+                    raise ConfigError(
+                        f"tasks.{name}: data set {selection.data!r} is not in `data`; it has {[*self.data]}"
+                    )
+        if not self.to_run():
+            raise ConfigError("nothing to measure: the tasks need a `clip` or a `vlm`")
+        return self
+
+    def to_run(self) -> dict[str, EvalTask]:
+        """The tasks that are asked for and whose model is given, in order."""
+        given = {"clip": self.clip is not None, "vlm": self.vlm is not None}
+        wanted = self.only or list(self.tasks)
+        return {name: task for name, task in self.tasks.items() if name in wanted and given[task.needs]}
+
+
+def run(config: EvalConfig, context: RunContext) -> Artifact:
+    """Run every task; those that an earlier, cut-off run finished are not run again.
+
+    Writes `results.json` (table rows), `predictions/<task>.jsonl` and `examples/<task>/` (pictures with answers).
+
+    Raises:
+        DamagedInput: a sample of the evaluation data cannot be read.
+        MissingInput: a model or data set is not there, or a selection matches nothing.
+    """
+    tasks = config.to_run()
+    left_out = [name for name in config.only or config.tasks if name not in tasks]
+    if left_out:
+        context.log.say(f"eval: left out, as their model is not given: {', '.join(left_out)}")
+    bench = make_bench(config, context)
+    rows: list[Row] = []
+    for name, task in tasks.items():
+        done = context.work / "done" / f"{name}.json"
+        barrier(context.runtime.group)  # rank 0 may be about to write what the others look for
+        if not done.is_file():
+            started = time.monotonic()
+            result = task.run(name, bench)
+            barrier(context.runtime.group)
+            if context.runtime.is_main:
+                write_result(context.work, name, result, done)
+            context.log.say(_line(name, result.rows, time.monotonic() - started))
+            barrier(context.runtime.group)
+        rows += [Row(**row) for row in json.loads(done.read_text(encoding="utf-8"))]
+    barrier(context.runtime.group)
+    if context.runtime.is_main:
+        shutil.rmtree(context.work / "done")
+        table = {"rows": [dataclasses.asdict(row) for row in rows], "left_out": left_out}
+        write_atomic(context.work / RESULTS, json.dumps(table, indent=1) + "\n")
+    return context.finish(metrics_of(rows))
+
+
+def metrics_of(rows: list[Row]) -> dict[str, float]:
+    """Flat numbers for the manifest: each metric, and beside it `<metric>_constant` where there is such an answer."""
+    constants = {f"{row.metric}_constant": row.constant for row in rows if row.constant is not None}
+    return {row.metric: row.value for row in rows} | constants
+
+
+def make_bench(config: EvalConfig, context: RunContext) -> Bench:
+    """Load the models and data sets that the tasks need."""
+    needs = {task.needs for task in config.to_run().values()}
+    device = context.runtime.device
+    clip = untrained = answer = None
+    if "clip" in needs and config.clip is not None:
+        folder = context.resolve(config.clip)
+        model = load_any_clip(folder)
+        clip = as_clip(model.to(device))
+        if config.untrained:
+            untrained = as_clip(_before_training(model, folder, config.seed).to(device))
+    if "vlm" in needs and config.vlm is not None:
+        answer = load_answer(context.resolve(config.vlm), device)
+
+    @cache
+    def pool(name: str) -> Pool:
+        return Pool(context.resolve(config.data[name]), name=name)
+
+    def opened(selection: Selection) -> Samples:
+        return select(pool(selection.data), selection.where, selection.limit)
+
+    return Bench(
+        open=opened,
+        runtime=context.runtime,
+        seed=config.seed,
+        batch_size=config.batch_size,
+        progress=lambda total, text, unit: context.progress(total, f"eval: {text}", unit),
+        clip=clip,
+        untrained_clip=untrained,
+        answer=answer,
+    )
+
+
+def _before_training(model: CLIP, folder: Path, seed: int) -> CLIP:
+    """The weights that training started from; of a model from elsewhere, any random weights of its architecture."""
+    try:
+        return untrained_clip(folder)
+    except (MissingInput, DamagedInput):  # another layout, or no seed in it
+        return CLIP.from_seed(model.config, seed).eval()
+
+
+def as_clip(model: CLIP) -> Clip:
+    """Our CLIP as evaluations see a model: pictures as bytes, texts as strings."""
+    tokenize = clip_tokenizer(model.config.text_cfg.context_length)
+    device = model.logit_scale.device
+
+    def encode_image(pictures: torch.Tensor) -> torch.Tensor:
+        return model.encode_image(model.pixels(pictures.to(device)))
+
+    def encode_text(texts: list[str]) -> torch.Tensor:
+        return model.encode_text(torch.from_numpy(tokenize(texts)).to(device))
+
+    return Clip(encode_image, encode_text, model.config.vision_cfg.image_size)
+
+
+def load_answer(folder: Path, device: torch.device) -> Answer:
+    """The model of an instruct artifact, ready to answer."""
+    model, text = load_vlm(folder)
+    return as_answer(model.to(device), text)
+
+
+def as_answer(model: VisionLanguageModel, text: VlmText) -> Answer:
+    """Our vision-language model as evaluations see one: pictures as pixels, questions and answers as strings."""
+    side, tiles = model.config.vision.image_size, model.config.tiles
+
+    def answer(pictures: Sequence[NDArray[np.uint8]], questions: Sequence[str], picture_of: Sequence[int]) -> list[str]:
+        cut = [cut_tiles(picture, side, tiles.min_tiles, tiles.max_tiles) for picture in pictures]
+        return generate.answer(model, text, cut, questions, picture_of)
+
+    return answer
+
+
+def write_result(folder: Path, name: str, result: TaskResult, done: Path) -> None:
+    """Write one task's predictions and examples, then its rows: the mark that it is finished."""
+    lines = "".join(json.dumps(line, ensure_ascii=False) + "\n" for line in result.predictions)
+    if lines:
+        write_atomic(folder / "predictions" / f"{name}.jsonl", lines)
+    if result.examples:
+        write_examples(folder / "examples" / name, result.examples)
+    write_atomic(done, json.dumps([dataclasses.asdict(row) for row in result.rows]))
+
+
+def write_examples(folder: Path, examples: list[Example]) -> None:
+    """Write examples as `examples.json` and one PNG a picture."""
+    folder.mkdir(parents=True, exist_ok=True)
+    entries = []
+    for number, example in enumerate(examples):
+        names = [f"{number:03}-{i}.png" for i in range(len(example.pictures))]
+        for file, picture in zip(names, example.pictures, strict=True):
+            Image.fromarray(np.ascontiguousarray(picture)).save(folder / file)
+        entries.append(dataclasses.asdict(example) | {"pictures": names})
+    write_atomic(folder / "examples.json", json.dumps(entries, indent=1, ensure_ascii=False) + "\n")
+
+
+def _line(name: str, rows: list[Row], seconds: float) -> str:
+    shown = ", ".join(f"{row.metric.removeprefix(f'{name}_')} {row.value:.1%}" for row in rows)
+    return f"eval: {name} in {seconds:.1f} s: {shown}"
+
+
+STAGE = Stage("eval", EvalConfig, run, "measure a CLIP and a VLM against chance, constant answers and no training")
