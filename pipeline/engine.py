@@ -9,7 +9,6 @@ import math
 import os
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any, Literal
-from unittest import mock
 
 import torch
 import torch.distributed as dist
@@ -166,7 +165,6 @@ class Engine:
         numel = sum(p.numel() for p in self.trainable)
         settings = deepspeed_config(config, runtime.world_size, numel, on_gpu)
         module = _ModelWithLoss(model, objective, runtime, config.precision)
-        model.to(runtime.device)
         self._parameters_before = {parameter: set(vars(parameter)) for parameter in model.parameters()}
         self._environment = contextlib.ExitStack()
         self._environment.enter_context(_local_rank(runtime.local_rank))
@@ -308,8 +306,9 @@ def _equal_already(module: nn.Module, group: ProcessGroup | None) -> Iterator[No
         init._convert_to_deepspeed_param(parameter)
         parameter.partition()  # type: ignore[attr-defined]
 
-    with (
-        mock.patch.object(DeepSpeedEngine, "_broadcast_model", lambda engine: None),
-        mock.patch.object(Init, "_zero_init_param", partition),
-    ):
+    replaced = (DeepSpeedEngine._broadcast_model, Init._zero_init_param)
+    DeepSpeedEngine._broadcast_model, Init._zero_init_param = lambda engine: None, partition
+    try:
         yield
+    finally:
+        DeepSpeedEngine._broadcast_model, Init._zero_init_param = replaced

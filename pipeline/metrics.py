@@ -1,4 +1,4 @@
-"""What a stage says while it runs: `metrics.jsonl`, TensorBoard, one-line messages, and tallies that cost no sync."""
+"""What a stage says while it runs: `metrics.jsonl`, TensorBoard, one-line messages, and means over ranks."""
 
 from __future__ import annotations
 
@@ -7,12 +7,16 @@ import math
 import os
 import sys
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TextIO
 
 import torch
+import torch.distributed as dist
 from torch import Tensor
+from torch.distributed import ProcessGroup
+
+from mmfoundry.pipeline.distributed import world_in
 
 if TYPE_CHECKING:
     from torch.utils.tensorboard import SummaryWriter
@@ -39,26 +43,32 @@ class StageLog:
         self.folder = folder
         self._is_main = is_main
         self._tensorboard = tensorboard
+        self._file: TextIO | None = None
         self._writers: dict[str, SummaryWriter] = {}
         self._resumed_at: dict[str, int] = {}
         self._rewound = False
 
-    def scalars(self, step: int, values: Mapping[str, float | int], phase: str = "train") -> None:
+    def scalars(
+        self, step: int, values: Mapping[str, float | int], phase: str = "train", tensorboard: bool = True
+    ) -> None:
         """Write one line of numbers.
 
         Args:
             step: optimizer steps done in this phase, counted from 1.
             values: names to numbers.
             phase: which of a stage's training phases; each counts its own steps.
+            tensorboard: whether they go there as well; a point every few steps is enough for people.
         """
         if not self._is_main:
             return
         if not self._rewound:
             self._cut(lambda line: True)  # drops a line that a kill cut in two
         finite = {name: value if math.isfinite(value) else None for name, value in values.items()}
-        with (self.folder / METRICS_FILE).open("a", encoding="utf-8") as file:
-            file.write(json.dumps({"phase": phase, "step": step, **finite}) + "\n")
-        if self._tensorboard:
+        if self._file is None:
+            self._file = (self.folder / METRICS_FILE).open("a", encoding="utf-8")
+        self._file.write(json.dumps({"phase": phase, "step": step, **finite}) + "\n")
+        self._file.flush()
+        if self._tensorboard and tensorboard:
             writer = self._writer(phase)
             for name, value in values.items():
                 writer.add_scalar(name, value, step)
@@ -79,8 +89,9 @@ class StageLog:
         self._resumed_at[phase] = step
         self._cut(lambda line: line.get("phase") != phase or line["step"] <= step)
 
-    def _cut(self, keep: Any) -> None:
+    def _cut(self, keep: Callable[[dict[str, Any]], bool]) -> None:
         self._rewound = True
+        self._close_file()
         self.folder.mkdir(parents=True, exist_ok=True)
         path = self.folder / METRICS_FILE
         if not path.exists():
@@ -114,10 +125,16 @@ class StageLog:
             writer.flush()
 
     def close(self) -> None:
-        """Close TensorBoard's files; a later `scalars` opens new ones."""
+        """Close all files; a later `scalars` opens them again."""
+        self._close_file()
         for writer in self._writers.values():
             writer.close()
         self._writers.clear()
+
+    def _close_file(self) -> None:
+        if self._file is not None:
+            self._file.close()
+            self._file = None
 
 
 def read_metrics(path: Path) -> Iterator[dict[str, Any]]:
@@ -130,25 +147,24 @@ def read_metrics(path: Path) -> Iterator[dict[str, Any]]:
 
 
 class Tally:
-    """Weighted means of 0-d tensors, kept on their device: nothing is read to the host until `means`."""
+    """Weighted means of 0-d tensors over micro-batches and ranks, kept on their device until they are read."""
 
     def __init__(self) -> None:
         self._sums: dict[str, Tensor] = {}
-        self._weights: dict[str, Tensor | float] = {}
+        self._weight: Tensor | float = 0.0
 
     def add(self, values: Mapping[str, Tensor], weight: Tensor | float = 1.0) -> None:
-        """Count each value with the given weight."""
+        """Count one micro-batch's values, the same names each time; `weight` is equal on all ranks."""
+        self._weight = self._weight + weight
         for name, value in values.items():
             weighted = value.detach().double() * weight
             self._sums[name] = self._sums[name] + weighted if name in self._sums else weighted
-            self._weights[name] = self._weights.get(name, 0.0) + weight
 
-    def means(self) -> dict[str, float]:
-        """Read the weighted means to the host, one transfer in all, and start anew."""
-        if not self._sums:
-            return {}
-        names = list(self._sums)
-        means = torch.stack([self._sums[name] / self._weights[name] for name in names]).tolist()
-        self._sums.clear()
-        self._weights.clear()
-        return dict(zip(names, means, strict=True))
+    def means(self, group: ProcessGroup | None) -> dict[str, float]:
+        """Read the means over everything added on all ranks, in one collective and one transfer to the host."""
+        names = sorted(self._sums)
+        totals = torch.stack([self._sums[name] for name in names]) / self._weight
+        if group is not None:
+            dist.all_reduce(totals, group=group)
+            totals /= world_in(group)
+        return dict(zip(names, totals.tolist(), strict=True))

@@ -38,6 +38,9 @@ def full_state(engine: Engine, parameter: nn.Parameter, key: str) -> Tensor:
         return engine.base_optimizer.state[parameter][key]
     if engine.stage == 3:
         return parameter._z3_optimizer.get_full_hp_param(parameter, key)  # type: ignore[attr-defined]
+    mapping = parameter._hp_mapping  # type: ignore[attr-defined]
+    if mapping is not None and key not in (mapping.optim_fragment or {}):
+        _link(engine)
     return parameter.get_full_hp_param(key)  # type: ignore[attr-defined]
 
 
@@ -69,10 +72,17 @@ def load_states(engine: Engine, keys: list[str], count: float, read: Callable[[n
         state[COUNTER] = torch.tensor(count, dtype=torch.float32, device=slice_.device)
         engine.base_optimizer.state[slice_] = state
     if engine.stage in (1, 2):
-        optimizer._lazy_init_hp_params_optimizer_state()  # tells each parameter where its slice lies
+        _link(engine)
     for parameter in engine.trainable:
         for key in keys:
             _put(engine, parameter, key, read(parameter, key).to(torch.float32))
+
+
+def _link(engine: Engine) -> None:
+    """Tell each parameter where its slice of the states lies; DeepSpeed forgets all groups but the first."""
+    optimizer = engine.deepspeed.optimizer
+    optimizer._hp_optimizer_states_linked = False
+    optimizer._lazy_init_hp_params_optimizer_state()
 
 
 def _put(engine: Engine, parameter: nn.Parameter, key: str, value: Tensor) -> None:

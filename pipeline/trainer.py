@@ -1,0 +1,384 @@
+"""The one training loop: a stage brings model, objective, data and parameter groups; the rest is here.
+
+The loss contract. `objective(output, batch, group)` returns `loss` such that its mean over ranks is the joint loss of
+one micro-batch. Where a step has several micro-batches, they count alike, unless the objective has a method
+`weight(batch)`: what this rank's micro-batch counts for (answer tokens, say), read on the host before the batch goes
+to the device. Weights are summed over ranks and micro-batches before the first forward pass, so that any split of the
+same samples into ranks and micro-batches gives the same loss and gradient.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import signal
+import threading
+import time
+from collections import deque
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import asdict, dataclass
+from types import FrameType
+from typing import Annotated, Any, Protocol
+
+import torch
+import torch.distributed as dist
+from pydantic import Field
+from torch import Tensor, nn
+
+from mmfoundry.pipeline import checkpoint
+from mmfoundry.pipeline.artifact import write_atomic
+from mmfoundry.pipeline.config import Neutral
+from mmfoundry.pipeline.distributed import Runtime
+from mmfoundry.pipeline.engine import Batch, Engine, EngineConfig, Objective
+from mmfoundry.pipeline.errors import MmfoundryError
+from mmfoundry.pipeline.metrics import Tally
+from mmfoundry.pipeline.optimizers import OPTIMIZERS, OptimizerConfig, ParamGroup, decay_groups
+from mmfoundry.pipeline.schedules import SchedulerConfig, lr_factor
+from mmfoundry.pipeline.stage import CHECKPOINTS, RunContext
+
+PREEMPTED_EXIT_CODE = 85  # the run saved its state because it was told to stop, and wants to be started again
+KEYS = "__key__"  # in a batch: the samples' keys, named when a loss is not finite
+KEYS_SHOWN = 8
+
+
+class TrainerConfig(EngineConfig):
+    """One training phase. Budgets are in steps, so that results do not depend on a machine's speed."""
+
+    max_steps: int = Field(gt=0, description="optimizer steps of the phase")
+    optimizer: OptimizerConfig = Field(OptimizerConfig(), description="how gradients become updates")
+    scheduler: SchedulerConfig = Field(SchedulerConfig(), description="how the learning rate moves")
+    eval_steps: int = Field(0, ge=0, description="optimizer steps between evaluations; 0: none while training")
+    save_steps: Annotated[int, Neutral()] = Field(
+        500, ge=0, description="optimizer steps between checkpoints; 0: one at the end only"
+    )
+    keep_checkpoints: Annotated[int, Neutral()] = Field(2, gt=0, description="newest checkpoints left on the disk")
+    logging_steps: Annotated[int, Neutral()] = Field(
+        10, gt=0, description="optimizer steps between points in TensorBoard; metrics.jsonl has every step's loss"
+    )
+
+
+class DataLoader(Protocol):
+    """What `train` wants of a loader: micro-batches of this rank without end, and its position as JSON values."""
+
+    def __iter__(self) -> Iterator[Batch]:
+        """Batches from the present position on."""
+
+    def state_dict(self) -> dict[str, Any]:
+        """The position after the last batch that was handed out."""
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Go on from a position, also one of another number of ranks; called before `__iter__`."""
+
+
+@dataclass(frozen=True)
+class TrainResult:
+    """How a phase went, over all parts of an interrupted run.
+
+    Attributes:
+        steps: optimizer steps done.
+        samples: samples seen, over all ranks.
+        final_loss: joint loss of the last step.
+        mean_loss: mean over the last twentieth of the steps, less noisy.
+        seconds: wall time in the loop, evaluations included, checkpoints left out.
+        samples_per_second: `samples` over `seconds`.
+        data_wait_share: fraction of `seconds` that rank 0 waited for data.
+    """
+
+    steps: int
+    samples: int
+    final_loss: float
+    mean_loss: float
+    seconds: float
+    samples_per_second: float
+    data_wait_share: float
+
+    def as_metrics(self) -> dict[str, float]:
+        """As headline numbers of a stage; the final loss is `loss`."""
+        numbers = {name: float(value) for name, value in asdict(self).items()}
+        return {"loss": numbers.pop("final_loss"), **numbers}
+
+
+class NonFinite(MmfoundryError):
+    """A loss or gradient is infinite or not a number; raised on every rank before the weights are touched."""
+
+
+def train(
+    config: TrainerConfig,
+    *,
+    model: nn.Module,
+    objective: Objective,
+    loader: DataLoader,
+    context: RunContext,
+    phase: str = "train",
+    param_groups: list[ParamGroup] | None = None,
+    metrics: Callable[[], Mapping[str, float]] | None = None,
+    evaluate: Callable[[int], Mapping[str, float]] | None = None,
+) -> TrainResult:
+    """Train for `config.max_steps` steps, going on from the newest complete checkpoint in the work folder.
+
+    Args:
+        config: of the phase.
+        model: `model(batch)` gives what `objective` reads. Only parameters that require gradients are trained and
+            checkpointed; after the call the model holds the final weights, whole, on every rank.
+        objective: see the loss contract above.
+        loader: built with `batch_size=config.samples_per_fetch(world_size)`.
+        context: of the running stage; checkpoints go to `work/checkpoints/<phase>`.
+        phase: name of this phase in files and logs.
+        param_groups: from `decay_groups`; None: all trainable parameters, vectors not decayed.
+        metrics: more numbers for the log, asked for every `logging_steps` steps.
+        evaluate: called with the step every `eval_steps` steps, in eval mode without gradients, on every rank.
+    Raises:
+        NonFinite: a loss or gradient is not finite; the step and the samples are named.
+        NotEnoughSpace: no room for a checkpoint; the previous one is intact.
+        SystemExit: code 85 after SIGTERM or SIGUSR1; a checkpoint was written.
+    """
+    return _Training(config, model, objective, loader, context, phase, metrics, evaluate).run(param_groups)
+
+
+@dataclass
+class _Progress:
+    """What a checkpoint remembers of the loop itself."""
+
+    step: int = 0
+    samples: int = 0
+    seconds: float = 0.0
+    waited_s: float = 0.0
+    skipped_steps: int = 0  # fp16 only: the loss scale was too high
+
+
+class _Training:
+    def __init__(
+        self,
+        config: TrainerConfig,
+        model: nn.Module,
+        objective: Objective,
+        loader: DataLoader,
+        context: RunContext,
+        phase: str,
+        metrics: Callable[[], Mapping[str, float]] | None,
+        evaluate: Callable[[int], Mapping[str, float]] | None,
+    ) -> None:
+        self.config, self.model, self.objective, self.loader = config, model, objective, loader
+        self.context, self.phase, self.metrics, self.evaluate = context, phase, metrics, evaluate
+        self.runtime = context.runtime
+        self.folder = context.work / CHECKPOINTS / phase
+        self.accumulation = config.micro_batches(self.runtime.world_size)[1]
+        self.progress = _Progress()
+        self.recent: deque[float] = deque(maxlen=max(1, config.max_steps // 20))
+
+    def run(self, param_groups: list[ParamGroup] | None) -> TrainResult:
+        self.model.to(self.runtime.device)
+        found = checkpoint.newest(self.folder, self.runtime, self.context.log.say)
+        if found is not None:
+            found.load_model(self.model)
+            self.progress = _Progress(**found.state["progress"])
+            self.recent.extend(found.state["recent_losses"])
+            self.loader.load_state_dict(found.state["loader"])
+            self.context.log.say(f"{self.phase}: goes on from the checkpoint of step {found.step}")
+        self.context.log.rewind(self.phase, self.progress.step)
+        if self.progress.step < self.config.max_steps:
+            self._fit(found, param_groups)
+        return self._result()
+
+    def _fit(self, found: checkpoint.Checkpoint | None, param_groups: list[ParamGroup] | None) -> None:
+        config, progress = self.config, self.progress
+        groups = param_groups or decay_groups(self.model.named_parameters(), config.optimizer.weight_decay)
+        optimizer = OPTIMIZERS[config.optimizer.type]
+        self.engine = Engine(
+            config, self.model, self.objective, lambda groups: optimizer(groups, config.optimizer), groups, self.runtime
+        )
+        if found is not None:
+            found.load_optimizer(self.engine)
+        batches = iter(self.loader)
+        if found is not None:  # last: what is built above may have drawn numbers
+            found.restore_rng(self.runtime, self.context.config.seed)
+        self.model.train()
+        bar = self.context.progress(config.max_steps, self.phase, "steps")
+        with _Preemption() as preemption, bar as shown:
+            shown.advance(progress.step)
+            self._restart_clock()
+            while progress.step < config.max_steps:
+                micro_batches = self._fetch(batches)
+                joint = self._update(micro_batches, preemption.asked)
+                stop = joint.pop("stop") > 0
+                self._log(joint)
+                if self.evaluate is not None and config.eval_steps and progress.step % config.eval_steps == 0:
+                    self._evaluate(self.evaluate)
+                done = progress.step == config.max_steps
+                if stop or done or (config.save_steps and progress.step % config.save_steps == 0):
+                    self._save()
+                shown.advance(note=f"loss {joint['loss']:.4f}")
+                if stop:
+                    self.context.log.say(
+                        f"{self.phase}: told to stop; saved at step {progress.step}, start again to go on"
+                    )
+                    self.context.log.close()
+                    raise SystemExit(PREEMPTED_EXIT_CODE)
+        self.engine.close()
+
+    def _fetch(self, batches: Iterator[Batch]) -> list[Batch]:
+        """The step's micro-batches, still on the host."""
+        start = time.perf_counter()
+        fetched = [next(batches) for _ in range(self.accumulation)]
+        waited = time.perf_counter() - start
+        self.progress.waited_s += waited
+        self._window_waited_s += waited
+        return fetched
+
+    def _update(self, batches: list[Batch], stop: bool) -> dict[str, float]:
+        """One optimizer step; the joint loss and metrics, and whether any rank was told to stop."""
+        device = self.runtime.device
+        asked = torch.tensor(float(stop), device=device)
+        tally = Tally()
+        losses = []
+        for batch, weight in zip(batches, self._micro_weights(batches), strict=True):
+            values = self.engine.forward(to_device(batch, device))
+            self.engine.backward(values["loss"] if weight is None else values["loss"] * weight)
+            losses.append(values["loss"].detach())
+            tally.add(values | {"stop": asked}, 1.0 if weight is None else weight)
+        joint = tally.means(self.runtime.group)  # the one wait for the device before the update
+        if not math.isfinite(joint["loss"]):
+            self._refuse("loss", joint["loss"], batches, losses)
+        factor = lr_factor(self.config.scheduler, self.progress.step, self.config.max_steps)
+        norm = self.engine.step(factor)
+        if not math.isfinite(norm):
+            if self.config.precision != "fp16" or self.engine.loss_scale <= 1.0:
+                self._refuse("gradient", norm, batches, losses)
+            self.progress.skipped_steps += 1
+        self.progress.step += 1
+        self.progress.samples += self.config.train_batch_size
+        self.recent.append(joint["loss"])
+        return joint | {"grad_norm": norm}
+
+    def _micro_weights(self, batches: list[Batch]) -> list[Tensor | None]:
+        """What each micro-batch's joint loss is multiplied with, 1 on average; None stands for 1."""
+        weight_of = getattr(self.objective, "weight", None)
+        if weight_of is None or len(batches) == 1:
+            return [None] * len(batches)
+        weights = torch.tensor([float(weight_of(b)) for b in batches], dtype=torch.float64).to(self.runtime.device)
+        if self.runtime.group is not None:
+            dist.all_reduce(weights, group=self.runtime.group)
+        total = weights.sum()
+        # A step without any weight (no answer token in it) has loss and gradient zero whatever the factor is.
+        return list(torch.where(total > 0, weights * len(batches) / total, torch.ones_like(weights)).float())
+
+    def _log(self, joint: dict[str, float]) -> None:
+        step = self.progress.step
+        line = joint | {"lr": self.engine.lr}
+        if self.config.precision == "fp16":
+            line |= {"loss_scale": self.engine.loss_scale, "skipped_steps": self.progress.skipped_steps}
+        point = step % self.config.logging_steps == 0 or step == self.config.max_steps
+        if point:
+            seconds = max(time.perf_counter() - self._window_start, 1e-9)
+            samples = (step - self._window_step) * self.config.train_batch_size
+            line |= {"samples_per_second": samples / seconds, "data_wait_share": self._window_waited_s / seconds}
+            line |= self.metrics() if self.metrics is not None else {}
+            self._restart_window()
+        self.context.log.scalars(step, line, self.phase, tensorboard=point)
+
+    def _evaluate(self, evaluate: Callable[[int], Mapping[str, float]]) -> None:
+        self.model.eval()
+        with torch.no_grad():
+            numbers = evaluate(self.progress.step)
+        self.model.train()
+        named = {f"eval/{name}": value for name, value in numbers.items()}
+        self.context.log.scalars(self.progress.step, named, self.phase)
+        self._restart_window()
+
+    def _save(self) -> None:
+        self._stop_clock()
+        self.context.log.flush()
+        state = {
+            "step": self.progress.step,
+            "progress": asdict(self.progress),
+            "recent_losses": list(self.recent),
+            "loader": self.loader.state_dict(),
+        }
+        checkpoint.save(self.folder, self.engine, state, self.config.keep_checkpoints, self.runtime)
+        self._restart_clock()
+
+    def _restart_clock(self) -> None:
+        self._clock = time.perf_counter()
+        self._restart_window()
+
+    def _stop_clock(self) -> None:
+        self.progress.seconds += time.perf_counter() - self._clock
+
+    def _restart_window(self) -> None:
+        """Begin anew to count for `samples_per_second`; checkpoints and evaluations are left out of it."""
+        self._window_start = time.perf_counter()
+        self._window_step = self.progress.step
+        self._window_waited_s = 0.0
+
+    def _refuse(self, what: str, value: float, batches: list[Batch], losses: list[Tensor]) -> None:
+        """Stop on every rank, naming step and samples; all keys go to a file."""
+        keys = [str(key) for batch in batches for key in batch.get(KEYS, ())]
+        mine = {"rank": self.runtime.rank, "losses": [float(loss) for loss in losses], "keys": keys}
+        reports = _all_gather(mine, self.runtime)
+        step = self.progress.step + 1
+        if self.runtime.is_main:
+            place = self.context.work / f"non_finite-{self.phase}-{step:06d}.json"
+            write_atomic(place, json.dumps({"what": what, "step": step, "ranks": reports}, indent=1) + "\n")
+        bad = [r for r in reports if not all(math.isfinite(loss) for loss in r["losses"])] or reports
+        named = [key for report in bad for key in report["keys"]]
+        shown = ", ".join(named[:KEYS_SHOWN]) + (f" and {len(named) - KEYS_SHOWN} more" if named[KEYS_SHOWN:] else "")
+        self.context.log.close()
+        raise NonFinite(
+            f"{self.phase} step {step}: the {what} is {value} on rank(s) {', '.join(str(r['rank']) for r in bad)} "
+            f"with the samples {shown or '(no keys in the batch)'}; the weights were not touched: look at these "
+            "samples, or lower optimizer.lr, and run again from the last checkpoint"
+        )
+
+    def _result(self) -> TrainResult:
+        done = self.progress
+        seconds = max(done.seconds, 1e-9)
+        return TrainResult(
+            steps=done.step,
+            samples=done.samples,
+            final_loss=self.recent[-1],
+            mean_loss=sum(self.recent) / len(self.recent),
+            seconds=seconds,
+            samples_per_second=done.samples / seconds,
+            data_wait_share=done.waited_s / seconds,
+        )
+
+
+class _Preemption:
+    """Turns SIGTERM and SIGUSR1, by which schedulers announce the end, into a question the loop asks."""
+
+    SIGNALS = (signal.SIGTERM, signal.SIGUSR1)
+
+    def __init__(self) -> None:
+        self.asked = False
+        self._before: dict[int, Any] = {}
+
+    def _ask(self, number: int, frame: FrameType | None) -> None:
+        self.asked = True
+
+    def __enter__(self) -> _Preemption:
+        if threading.current_thread() is threading.main_thread():  # Python delivers signals nowhere else
+            self._before = {number: signal.signal(number, self._ask) for number in self.SIGNALS}
+        return self
+
+    def __exit__(self, *unused: object) -> None:
+        for number, handler in self._before.items():
+            signal.signal(number, handler)
+
+
+def to_device(value: Any, device: torch.device) -> Any:
+    """A batch with its tensors, at any depth of dicts, lists and tuples, on `device`; the rest as it is."""
+    if isinstance(value, Tensor):
+        return value.to(device, non_blocking=True)
+    if isinstance(value, dict):
+        return {name: to_device(part, device) for name, part in value.items()}
+    if isinstance(value, list | tuple):
+        return type(value)(to_device(part, device) for part in value)
+    return value
+
+
+def _all_gather(value: dict[str, Any], runtime: Runtime) -> list[dict[str, Any]]:
+    if runtime.group is None:
+        return [value]
+    gathered: list[Any] = [None] * runtime.world_size
+    dist.all_gather_object(gathered, value, group=runtime.group)
+    return gathered

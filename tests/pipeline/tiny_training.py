@@ -1,0 +1,156 @@
+"""A model, data and a stage small enough to train in milliseconds, for the tests of the trainer."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from pydantic import Field
+from torch import Tensor, nn
+from torch.distributed import ProcessGroup
+from torch.nn import functional as F
+
+from mmfoundry.pipeline.artifact import Artifact
+from mmfoundry.pipeline.config import StageConfig
+from mmfoundry.pipeline.distributed import init_runtime, world_in
+from mmfoundry.pipeline.metrics import read_metrics
+from mmfoundry.pipeline.stage import RunContext, Stage, run_stage
+from mmfoundry.pipeline.trainer import TrainerConfig, train
+
+VOCABULARY, WIDTH, LENGTH = 37, 6, 5
+
+
+class TinyLanguageModel(nn.Module):
+    """Every kind of parameter an engine meets: a matrix, a tied one, a vector, a 0-d, a frozen, an unused; a buffer."""
+
+    def __init__(self, dropout: float = 0.0) -> None:
+        super().__init__()
+        self.embedding = nn.Embedding(VOCABULARY, WIDTH)
+        self.mix = nn.Linear(WIDTH, WIDTH)
+        self.norm = nn.LayerNorm(WIDTH)
+        self.dropout = nn.Dropout(dropout)
+        self.head = nn.Linear(WIDTH, VOCABULARY, bias=False)
+        self.head.weight = self.embedding.weight
+        self.scale = nn.Parameter(torch.tensor(1.5))
+        self.frozen = nn.Parameter(torch.ones(WIDTH), requires_grad=False)
+        self.unused = nn.Parameter(torch.ones(3, 2))
+        self.register_buffer("calls", torch.zeros((), dtype=torch.int64))
+
+    def forward(self, batch: dict[str, Any]) -> Tensor:
+        if self.training:
+            self.calls += 1
+        hidden = self.embedding(batch["tokens"]) * self.frozen
+        hidden = self.norm(hidden + self.dropout(torch.tanh(self.mix(hidden))))
+        return self.head(hidden) * self.scale
+
+
+class TokenLoss:
+    """Cross-entropy per token over all ranks; rows have different numbers of tokens."""
+
+    def __call__(self, output: Tensor, batch: dict[str, Any], group: ProcessGroup | None = None) -> dict[str, Tensor]:
+        summed = F.cross_entropy(output.flatten(0, 1), batch["labels"].flatten(), ignore_index=-100, reduction="sum")
+        tokens = (batch["labels"] != -100).sum()
+        if group is not None:
+            dist.all_reduce(tokens, group=group)
+        loss = summed * world_in(group) / tokens.clamp(min=1)
+        return {"loss": loss, "tokens_seen": tokens.float()}
+
+    def weight(self, batch: dict[str, Any]) -> int:
+        return int((batch["labels"] != -100).sum())
+
+
+class TinyLoader:
+    """Endless rows, each a pure function of its position; `bad` is the position of a row that makes the loss nan."""
+
+    def __init__(self, batch_size: int, rank: int, world: int, bad: int | None = None) -> None:
+        self.batch_size, self.rank, self.world, self.bad = batch_size, rank, world, bad
+        self.consumed = 0
+
+    def __iter__(self) -> Iterator[dict[str, Any]]:
+        while True:
+            positions = range(self.consumed + self.rank, self.consumed + self.batch_size, self.world)
+            self.consumed += self.batch_size
+            yield self._batch(list(positions))
+
+    def _batch(self, positions: list[int]) -> dict[str, Any]:
+        rows = []
+        for position in positions:
+            generator = torch.Generator().manual_seed(position)
+            tokens = torch.randint(0, VOCABULARY, (LENGTH + 1,), generator=generator)
+            labels = tokens[1:].clone()
+            labels[1 + position % LENGTH :] = -100  # one to five tokens a row
+            rows.append((tokens[:-1], labels))
+        tokens, labels = (torch.stack(part) for part in zip(*rows, strict=True))
+        if self.bad in positions:
+            tokens = tokens.float().fill_(float("nan"))  # an index that is not a number fails loudly, see `Poisoned`
+        return {"__key__": [f"row-{p}" for p in positions], "tokens": tokens, "labels": labels}
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"samples_consumed": self.consumed}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        self.consumed = state["samples_consumed"]
+
+
+class Poisoned(TinyLanguageModel):
+    """Answers a batch whose tokens are not numbers with outputs that are not numbers."""
+
+    def forward(self, batch: dict[str, Any]) -> Tensor:
+        if batch["tokens"].is_floating_point():
+            return super().forward(batch | {"tokens": torch.zeros_like(batch["tokens"], dtype=torch.int64)}) * torch.nan
+        return super().forward(batch)
+
+
+class TinyConfig(StageConfig):
+    trainer: TrainerConfig
+    dropout: float = 0.0
+    bad: int | None = None
+    pause_s: float = Field(0.0, description="between steps, so that a test can kill the run in the middle")
+
+
+def run(config: TinyConfig, context: RunContext) -> Artifact:
+    import time
+
+    torch.manual_seed(config.seed)
+    model = Poisoned(config.dropout) if config.bad is not None else TinyLanguageModel(config.dropout)
+    runtime = context.runtime
+    loader = TinyLoader(
+        config.trainer.samples_per_fetch(runtime.world_size), runtime.rank, runtime.world_size, config.bad
+    )
+
+    def pause() -> dict[str, float]:
+        time.sleep(config.pause_s)
+        return {}
+
+    result = train(config.trainer, model=model, objective=TokenLoss(), loader=loader, context=context, metrics=pause)
+    if runtime.is_main:
+        torch.save(model.state_dict(), context.work / "model.pt")
+    return context.finish(result.as_metrics())
+
+
+TINY = Stage("tiny", TinyConfig, run, "train a tiny model")
+
+
+def trainer_config(**changes: Any) -> dict[str, Any]:
+    defaults: dict[str, Any] = {
+        "train_batch_size": 12,
+        "max_steps": 8,
+        "optimizer": {"lr": 0.05, "weight_decay": 0.01},
+        "scheduler": {"type": "cosine", "warmup_steps": 2},
+        "gradient_clipping": 0.5,  # small enough that every step is clipped
+        "logging_steps": 1,
+        "save_steps": 3,
+    }
+    return defaults | changes
+
+
+def train_tiny(
+    group: ProcessGroup | None, output: str, config: dict[str, Any]
+) -> tuple[list[float], dict[str, Tensor]]:
+    """Run the stage here (on every rank); the loss of each step and the final weights."""
+    artifact = run_stage(TINY, TinyConfig.model_validate(config), Path(output), init_runtime())
+    weights = torch.load(artifact.path / "model.pt", weights_only=True)
+    return [line["loss"] for line in read_metrics(artifact.path / "metrics.jsonl")], weights
