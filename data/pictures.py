@@ -10,7 +10,7 @@ from typing import Literal
 from PIL import Image
 
 from mmfoundry.data.concepts import Concept
-from mmfoundry.data.decode import DecodeLimits, UnreadableImage, UnreadableSample, image_size
+from mmfoundry.data.decode import DecodeLimits, UnreadableImage, image_size
 from mmfoundry.data.index import ShardSpec
 from mmfoundry.data.reader import Pool
 from mmfoundry.data.sample import image_member
@@ -57,7 +57,7 @@ def load_pictures(shards: ShardSpec) -> list[Picture]:
             members = pool.get(number).members
             meta = json.loads(members.get("json", b"{}"))
             pictures.append(Picture(Concept.from_json(meta), str(meta.get("style")), _rgba(image_member(members))))
-        except (UnreadableSample, ValueError) as error:
+        except (DamagedInput, ValueError) as error:
             raise DamagedInput(f"{key}: {error}") from error
     return pictures
 
