@@ -4,25 +4,25 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Mapping
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
-from torch import Tensor
-from transformers import AutoTokenizer
+from transformers import AutoTokenizer, PreTrainedModel
 from transformers.initialization import no_init_weights
 
 from mmfoundry.models.clip import CLIP
 from mmfoundry.models.io import CONFIG_FILE, WEIGHTS_FILE
-from mmfoundry.models.language import LanguageModel
+from mmfoundry.models.language import LanguageModel, load_language_model
 from mmfoundry.models.vlm import VisionLanguageModel, VlmConfig, VlmSettings
 from mmfoundry.models.vlm_text import VlmText, prepare_tokenizer
 from mmfoundry.pipeline.artifact import sync_files, write_atomic
 from mmfoundry.pipeline.config import parse
 from mmfoundry.pipeline.errors import DamagedInput, MissingInput
+from mmfoundry.pipeline.resolve import resolve
 
 FORMAT = "mmfoundry.vlm"
 
@@ -42,10 +42,7 @@ def build_vlm(
     Raises:
         ConfigError: the tokenizer cannot be used; see `prepare_tokenizer`.
     """
-    prepare_tokenizer(language.tokenizer, settings)
-    patch_id = language.tokenizer.convert_tokens_to_ids(settings.image.patch_token)
-    if patch_id >= language.model.get_input_embeddings().weight.shape[0]:
-        language.model.resize_token_embeddings(len(language.tokenizer))
+    patch_id = prepare_language_model(language, settings)
     config = VlmConfig(
         **settings.model_dump(),
         vision=clip.config.vision_cfg,
@@ -54,16 +51,45 @@ def build_vlm(
         language_model=_plain_config(language.model.config.to_dict()),
         patch_token_id=patch_id,
     )
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(seed)
-        model = VisionLanguageModel(config, language.model)
+    model = connected(config, language.model, seed)
     model.model.vision_tower.load_state_dict(clip.vision_model.state_dict())
     return model.eval(), VlmText(language.tokenizer, settings, model.tokens_per_tile)
 
 
-def save_vlm(
-    model: VisionLanguageModel, text: VlmText, folder: str | Path, state: Mapping[str, Tensor] | None = None
-) -> None:
+def prepare_language_model(language: LanguageModel, settings: VlmSettings) -> int:
+    """Teach tokenizer and model the placeholder, in place; its id.
+
+    Raises:
+        ConfigError: the tokenizer cannot be used; see `prepare_tokenizer`.
+    """
+    prepare_tokenizer(language.tokenizer, settings)
+    patch_id: int = language.tokenizer.convert_tokens_to_ids(settings.image.patch_token)  # type: ignore[assignment]
+    if patch_id >= len(language.model.get_input_embeddings().weight):  # type: ignore[arg-type]  # a tensor has a length
+        language.model.resize_token_embeddings(len(language.tokenizer))
+    return patch_id
+
+
+def connected(config: VlmConfig, language_model: PreTrainedModel, seed: int) -> VisionLanguageModel:
+    """A model around a language model; the rest of its weights come from the seed, the caller's random state stays."""
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        return VisionLanguageModel(config, language_model)
+
+
+@dataclass(frozen=True)
+class Start:
+    """What a model was before it was tuned, so that evaluations can rebuild it: its vision tower was not changed.
+
+    Attributes:
+        language_model: reference of the language model, as the config named it.
+        seed: of the connector's weights.
+    """
+
+    language_model: str
+    seed: int
+
+
+def save_vlm(model: VisionLanguageModel, text: VlmText, folder: str | Path, start: Start | None = None) -> None:
     """Write a model into a folder, each file whole or not at all.
 
     Args:
@@ -74,15 +100,17 @@ def save_vlm(
     """
     folder = Path(folder)
     text.tokenizer.save_pretrained(folder)
-    given = model.state_dict() if state is None else state
-    tensors = {
-        name: value.detach().cpu().contiguous() for name, value in given.items() if name not in tied_names(model)
-    }
+    tied = tied_names(model)
+    tensors = {name: each.detach().cpu().contiguous() for name, each in model.state_dict().items() if name not in tied}
     part = folder / f".{WEIGHTS_FILE}.part"
     save_file(tensors, part, metadata={"format": "pt"})
     sync_files([part])
     os.replace(part, folder / WEIGHTS_FILE)
-    record = {"format": FORMAT, "model": model.config.model_dump(mode="json")}
+    record = {
+        "format": FORMAT,
+        "start": None if start is None else asdict(start),
+        "model": model.config.model_dump(mode="json"),
+    }
     write_atomic(folder / CONFIG_FILE, json.dumps(record, indent=2, ensure_ascii=False) + "\n")
 
 
@@ -94,7 +122,7 @@ def load_vlm(folder: str | Path) -> tuple[VisionLanguageModel, VlmText]:
         DamagedInput: a file cannot be read, or the weights do not fit the config.
     """
     folder = Path(folder)
-    config = _read_config(folder)
+    _, config = _read_config(folder)
     weights = folder / WEIGHTS_FILE
     if not weights.is_file():
         raise MissingInput(f"{weights}: no such file; run the stage that trains this model")
@@ -118,6 +146,27 @@ def load_vlm(folder: str | Path) -> tuple[VisionLanguageModel, VlmText]:
     return model.eval(), VlmText(tokenizer, config, model.tokens_per_tile)
 
 
+def untrained_vlm(folder: str | Path) -> tuple[VisionLanguageModel, VlmText]:
+    """The model in a folder as it was before training: its language model untuned, its connector at random.
+
+    Raises:
+        MissingInput: what it started from is not recorded, or not there any more.
+    """
+    folder = Path(folder)
+    record, config = _read_config(folder)
+    if not isinstance(record.get("start"), dict):
+        raise MissingInput(f"{folder / CONFIG_FILE}: start is not set, so the untrained model is not known")
+    start = Start(**record["start"])
+    language = load_language_model(resolve(start.language_model))
+    prepare_language_model(language, config)
+    model = connected(config, language.model, start.seed)
+    trained = load_file(folder / WEIGHTS_FILE)
+    prefix = "model.vision_tower."
+    tower = {name.removeprefix(prefix): value for name, value in trained.items() if name.startswith(prefix)}
+    model.model.vision_tower.load_state_dict(tower)
+    return model.eval(), VlmText(language.tokenizer, config, model.tokens_per_tile)
+
+
 def tied_names(model: VisionLanguageModel) -> set[str]:
     """Names of weights that are another weight under a second name, and so are not written."""
     embedding = model.model.language_model.get_input_embeddings().weight
@@ -129,7 +178,7 @@ def _plain_config(config: dict[str, Any]) -> dict[str, Any]:
     return {key: value for key, value in config.items() if key not in ("_name_or_path", "transformers_version")}
 
 
-def _read_config(folder: Path) -> VlmConfig:
+def _read_config(folder: Path) -> tuple[dict[str, Any], VlmConfig]:
     file = folder / CONFIG_FILE
     if not file.is_file():
         raise MissingInput(f"{file}: no such file; a vision-language model's folder holds {CONFIG_FILE}")
@@ -139,4 +188,4 @@ def _read_config(folder: Path) -> VlmConfig:
         raise DamagedInput(f"{file}: not JSON ({error})") from error
     if not isinstance(record, dict) or record.get("format") != FORMAT or not isinstance(record.get("model"), dict):
         raise DamagedInput(f"{file}: not the config of one of our vision-language models (format is not {FORMAT!r})")
-    return parse(VlmConfig, record["model"], source=file, prefix="model")
+    return record, parse(VlmConfig, record["model"], source=file, prefix="model")

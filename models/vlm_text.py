@@ -98,5 +98,4 @@ class VlmText:
 
     def decode(self, ids: torch.Tensor | list[int]) -> str:
         """The text of an answer's ids, without special tokens and space around it."""
-        text: str = self.tokenizer.decode(ids, skip_special_tokens=True)
-        return text.strip()
+        return str(self.tokenizer.decode(ids, skip_special_tokens=True)).strip()

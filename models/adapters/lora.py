@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import torch
 from peft import LoraConfig, get_peft_model_state_dict, inject_adapter_in_model, set_peft_model_state_dict
@@ -135,7 +136,7 @@ def load_lora(model: nn.Module, folder: str | Path) -> LoraConfig:
     except (SafetensorError, ValueError, TypeError) as error:
         raise DamagedInput(f"{folder}: the adapter cannot be read ({error})") from error
     inject_adapter_in_model(config, model, adapter_name=ADAPTER)
-    result = set_peft_model_state_dict(
+    result: Any = set_peft_model_state_dict(
         model, {name.removeprefix(_WRAPPER): value for name, value in state.items()}, adapter_name=ADAPTER
     )
     absent = [name for name in result.missing_keys if ".lora_" in name]

@@ -68,7 +68,7 @@ def to_transformers_vlm_config(config: VlmConfig) -> Any:
         ClipConfig(vision_cfg=config.vision, quick_gelu=config.quick_gelu, preprocess_cfg=config.preprocess)
     )
     text_config = AutoConfig.for_model(**config.language_model)
-    common = {
+    common: dict[str, Any] = {
         "vision_config": CLIPVisionConfig(**{**clip["vision_config"], "projection_dim": config.vision.width}),
         "text_config": text_config,
         "image_token_index": config.patch_token_id,
@@ -78,11 +78,9 @@ def to_transformers_vlm_config(config: VlmConfig) -> Any:
     }
     if config.connector.type == "pixel_shuffle":
         hidden = config.connector.hidden_width or text_config.hidden_size
+        common["alignment_intermediate_size"] = hidden  # read by the projector, though not among the config's fields
         return AyaVisionConfig(
-            **common,
-            downsample_factor=config.connector.downsample_factor,
-            adapter_layer_norm_eps=1e-6,
-            alignment_intermediate_size=hidden,
+            **common, downsample_factor=config.connector.downsample_factor, adapter_layer_norm_eps=1e-6
         )
     if config.connector.type == "mlp":
         if config.tiles.max_tiles > 1:

@@ -38,7 +38,7 @@ class AnswerTokens:
             loss: () nats a token; its mean over ranks is the joint loss, however unevenly tokens lie on the ranks.
             token_accuracy: () share of answer tokens that score highest; its mean over ranks is the joint share.
         """
-        logits_sV = output.logits_sV.float()
+        logits_sV = output.logits_sV.to(torch.promote_types(output.logits_sV.dtype, torch.float32))
         total = torch.tensor(float(len(output.target_s)), device=logits_sV.device)
         if group is not None:
             dist.all_reduce(total, group=group)
