@@ -111,6 +111,7 @@ class VisionLanguageModel(nn.Module):
         self.config = config
         if language_model is None:
             language_model = AutoModelForCausalLM.from_config(AutoConfig.for_model(**config.language_model))
+            language_model.tie_weights()  # left out where initialisation is
         self.model = VlmBackbone(config, language_model.get_decoder())
         self.lm_head = language_model.get_output_embeddings()
 
