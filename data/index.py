@@ -11,6 +11,7 @@ import json
 import mmap
 import os
 import re
+import secrets
 from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass, field, replace
@@ -217,7 +218,7 @@ def save_index(index: ShardIndex, shard: Path) -> Path:
         "lengths": {name: len(array) for name, array in index.arrays.items()},
     }
     encoded = json.dumps(head, ensure_ascii=True).encode()
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    temporary = path.with_name(f".{path.name}.{secrets.token_hex(4)}.tmp")  # ranks may share it
     try:
         with open(temporary, "wb") as file:
             file.write(_MAGIC + len(encoded).to_bytes(8, "little") + encoded)

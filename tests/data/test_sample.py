@@ -1,0 +1,62 @@
+"""Raw samples become samples; what they lack or break has a name."""
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from mmfoundry.data.decode import DecodeLimits, UnreadableSample
+from mmfoundry.data.sample import RawSample, image_member, read_text, to_sample
+
+from .conftest import encode, smooth
+
+PNG = encode(smooth(1))
+
+
+def _raw(**members: bytes) -> RawSample:
+    return RawSample("a", members, Path("a.tar"))
+
+
+def test_every_part_of_a_sample_finds_its_place() -> None:
+    text = b'{"captions": [" one ", "", "two"], "messages": [{"role": "user", "content": "?"}], "uid": "x", "n": 3}'
+    sample = to_sample(_raw(png=PNG, txt=b"not used", json=text))
+    assert (sample.key, sample.text, sample.meta) == ("a", ["one", "two"], {"uid": "x", "n": 3})
+    assert sample.messages == [{"role": "user", "content": "?"}]
+    np.testing.assert_array_equal(sample.image, smooth(1))
+
+
+def test_captions_are_the_lines_of_txt_where_json_has_none() -> None:
+    assert read_text(_raw(txt="ein Äpfel\r\n\n two \n".encode(), json=b"{}"))[0] == ["ein Äpfel", "two"]
+    assert read_text(_raw(png=PNG)) == ([], None, {})
+
+
+def test_the_image_member_is_chosen_by_a_fixed_order() -> None:
+    assert image_member({"webp": b"w", "jpg": b"j", "txt": b"t"}) == b"j"
+    assert image_member({"seg.png": b"mask", "txt": b"t"}) is None
+
+
+@pytest.mark.parametrize(
+    ("members", "reason"),
+    [
+        ({"txt": b"a"}, "no image"),
+        ({"png": b""}, "empty image"),
+        ({"png": PNG, "txt": b"\xff\xfe"}, "text is not UTF-8"),
+        ({"png": PNG, "json": b"{"}, "broken JSON"),
+        ({"png": PNG, "json": b"\xff"}, "broken JSON"),
+        ({"png": PNG, "json": b"[" * 100_000}, "broken JSON"),
+        ({"png": PNG, "json": b"[1]"}, "JSON is not an object"),
+        ({"png": PNG, "json": b'{"captions": "one"}'}, "captions are not a list of strings"),
+        ({"png": PNG, "json": b'{"captions": [1]}'}, "captions are not a list of strings"),
+        ({"png": PNG, "json": b'{"messages": ["hi"]}'}, "messages are not a list of objects"),
+    ],
+)
+def test_what_cannot_be_read_has_a_reason(members: dict[str, bytes], reason: str) -> None:
+    with pytest.raises(UnreadableSample) as caught:
+        to_sample(_raw(**members))
+    assert caught.value.reason == reason
+    assert "\n" not in str(caught.value)
+
+
+def test_limits_reach_the_decoder() -> None:
+    with pytest.raises(UnreadableSample, match="too many pixels"):
+        to_sample(_raw(png=PNG), DecodeLimits(max_pixels=10))

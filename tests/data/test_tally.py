@@ -1,0 +1,60 @@
+"""The rule by which skipped samples stop a run, and what is kept of them."""
+
+import json
+from pathlib import Path
+
+import pytest
+
+from mmfoundry.data.tally import Skip, Tally
+from mmfoundry.pipeline.errors import ConfigError, TooManyUnreadable
+
+
+def _skips(count: int, reason: str = "damaged image") -> list[Skip]:
+    return [Skip("web", "a.tar", f"key {number}", reason, position=number) for number in range(count)]
+
+
+@pytest.mark.parametrize(
+    ("limit", "drawn", "most"), [(0.01, 50, 10), (0.01, 1000, 10), (0.01, 5000, 50), (0.0, 5000, 0), (1.0, 5000, 5000)]
+)
+def test_the_limit_is_a_fraction_of_at_least_a_thousand(limit: float, drawn: int, most: int) -> None:
+    tally = Tally(limit)
+    tally.add(drawn, _skips(most))
+    assert (tally.drawn, tally.skipped) == (drawn, most)
+    if limit < 1:
+        with pytest.raises(TooManyUnreadable, match=rf"web: {most + 1} of {drawn + 1} samples"):
+            tally.add(1, _skips(1))
+
+
+def test_the_message_counts_by_reason_in_one_line(tmp_path: Path) -> None:
+    tally = Tally(0.001, tmp_path / "runs" / "skipped.jsonl")
+    tally.add(10, _skips(1, "no image"))
+    with pytest.raises(TooManyUnreadable) as caught:
+        tally.add(10, _skips(3))
+    assert str(caught.value) == (
+        "web: 4 of 20 samples could not be used, more than max_unreadable (0.001) allows: "
+        f"3 x damaged image, 1 x no image; they are listed in {tally.log}"
+    )
+    assert tally.as_metrics() == {
+        "drawn": 20.0,
+        "skipped": 4.0,
+        "skipped/web/damaged image": 3.0,
+        "skipped/web/no image": 1.0,
+    }
+    assert tally.log is not None
+    lines = [json.loads(line) for line in tally.log.read_text().splitlines()]
+    assert [(line["key"], line["reason"], line["position"]) for line in lines] == [
+        ("key 0", "no image", 0),
+        *((f"key {number}", "damaged image", number) for number in range(3)),
+    ]
+
+
+def test_good_samples_never_stop_a_run() -> None:
+    tally = Tally(0.0)
+    tally.add(10_000)
+    assert tally.as_metrics() == {"drawn": 10_000.0, "skipped": 0.0}
+
+
+@pytest.mark.parametrize("limit", [-0.1, 1.5, float("nan")])
+def test_a_limit_is_a_fraction(limit: float) -> None:
+    with pytest.raises(ConfigError, match="max_unreadable"):
+        Tally(limit)
