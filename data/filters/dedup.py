@@ -60,7 +60,7 @@ class NearDuplicate(Filter):
     """
 
     radius: int = Field(
-        24, ge=0, le=200, description="bits of 512 in which two hashes may differ and be called the same"
+        28, ge=0, le=200, description="bits of 512 in which two hashes may differ and be called the same"
     )
 
     @property

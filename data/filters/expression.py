@@ -29,7 +29,7 @@ from mmfoundry.pipeline.registry import unknown
 MAX_CHARACTERS = 4000
 MAX_DEPTH = 50
 
-_WORDS = {"&": "and", "|": "or", "~": "not", "&&": "and", "||": "or"}
+_WORDS = {"&": "and", "|": "or", "~": "not"}
 _COMPARE: dict[type[ast.cmpop], Callable[[pl.Expr, pl.Expr], pl.Expr]] = {
     ast.Lt: operator.lt,
     ast.LtE: operator.le,
@@ -113,7 +113,7 @@ def _build(node: ast.expr, text: str, depth: int) -> _Value:
         case ast.Constant(value=bool() as value):
             return _Value(pl.lit(value), "boolean")
         case ast.Constant(value=int() | float() as value):
-            return _Value(pl.lit(float(value)) if abs(value) >= 2**63 else pl.lit(value), "number")
+            return _Value(pl.lit(_float(value), pl.Float64), "number")
         case ast.Constant(value=str() as value):
             return _Value(pl.lit(value), "string")
         case ast.Name(id=name):
@@ -129,7 +129,7 @@ def _build(node: ast.expr, text: str, depth: int) -> _Value:
             number = _expect(_build(operand, text, deeper), "number", operand, text)
             return _Value(-number if isinstance(op, ast.USub) else number, "number")
         case ast.BinOp(op=op, left=left, right=right) if type(op) in _ARITHMETIC:
-            a, b = (_expect(_build(one, text, deeper), "number", one, text).cast(pl.Float64) for one in (left, right))
+            a, b = (_expect(_build(one, text, deeper), "number", one, text) for one in (left, right))
             # x / 0 and the like cannot be judged; left as NaN they would compare as larger than everything
             result = _ARITHMETIC[type(op)](a, b)
             return _Value(pl.when(result.is_finite()).then(result), "number")
@@ -174,7 +174,8 @@ def _column(name: str) -> _Value:
     if column is None:
         raise UnknownColumn(f"{unknown('column', name, list(COMPUTED))}; a field of the sample's JSON is json.{name}")
     if column.dtype.is_numeric():
-        return _Value(pl.col(name), "number")
+        # as floats: the columns count without a sign, and polars has no -1 for those
+        return _Value(pl.col(name).cast(pl.Float64), "number")
     if column.dtype == pl.String:
         return _Value(pl.col(name), "string")
     raise ConfigError(f"{name} is a {column.dtype} and cannot stand in a formula")
@@ -193,6 +194,13 @@ def _as(value: _Value, kind: Kind) -> pl.Expr:
     if kind == "number":
         return value.expression.cast(pl.Float64, strict=False).fill_nan(None)
     return pl.when(value.expression.is_in(["true", "false"])).then(value.expression == "true")
+
+
+def _float(value: float) -> float:
+    try:
+        return float(value)
+    except OverflowError:  # an integer of hundreds of digits
+        return float("inf") if value > 0 else float("-inf")
 
 
 def _quote(node: ast.expr, text: str) -> str:

@@ -3,7 +3,7 @@
     all:
       - basic: {min_side: 32}
       - exact_duplicate
-      - near_duplicate: 24
+      - near_duplicate: 28
       - any: [{language: {languages: [en]}}, {expression: "json.similarity > 0.3"}]
 
 A filter is a name, or a name with its parameters. One value in place of the parameters sets the filter's first one.

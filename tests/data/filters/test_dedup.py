@@ -1,0 +1,95 @@
+"""data/filters/dedup.py against pairwise comparison, in any order of the rows."""
+
+import numpy as np
+import polars as pl
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from mmfoundry.data.filters.dedup import ExactDuplicate, NearDuplicate, UniqueUid, leaders, near_pairs
+from tests.data.filters.rows import table, uid
+
+
+def plain_leaders(hashes: np.ndarray, radius: int) -> list[bool]:
+    """One by one: a row stays unless an earlier one that stays is near."""
+    bits = np.unpackbits(hashes, axis=1)
+    kept: list[int] = []
+    for row in range(len(bits)):
+        if all((bits[row] != bits[other]).sum() > radius for other in kept):
+            kept.append(row)
+    return [row in kept for row in range(len(bits))]
+
+
+@st.composite
+def clustered_hashes(draw: st.DrawFn) -> np.ndarray:
+    """Hashes around a few centres, so that distances on both sides of a radius occur."""
+    width, count = draw(st.sampled_from([1, 3, 8, 64])), draw(st.integers(0, 40))
+    rng = np.random.default_rng(draw(st.integers(0, 2**32 - 1)))
+    centres = rng.integers(0, 256, (3, width), dtype=np.uint8)
+    flips = rng.random((count, width * 8)) < draw(st.sampled_from([0.0, 0.02, 0.1, 0.5]))
+    return centres[rng.integers(0, 3, count)] ^ np.packbits(flips, axis=1)
+
+
+@settings(max_examples=150, deadline=None)
+@given(clustered_hashes(), st.integers(0, 60))
+def test_leaders_are_those_of_pairwise_comparison(hashes: np.ndarray, radius: int) -> None:
+    radius = min(radius, hashes.shape[1] * 8 - 1)
+    assert leaders(hashes, radius).tolist() == plain_leaders(hashes, radius)
+
+
+@settings(max_examples=100, deadline=None)
+@given(clustered_hashes(), st.integers(0, 60))
+def test_near_pairs_misses_none(hashes: np.ndarray, radius: int) -> None:
+    radius = min(radius, hashes.shape[1] * 8 - 1)
+    bits = np.unpackbits(hashes, axis=1)
+    near = (bits[:, None] != bits[None]).sum(axis=2) <= radius if len(bits) else np.zeros((0, 0), bool)
+    expected = [(later, earlier) for later in range(len(bits)) for earlier in range(later) if near[later, earlier]]
+    assert list(map(tuple, near_pairs(hashes, radius))) == expected
+
+
+@settings(max_examples=60, deadline=None)
+@given(st.data())
+def test_what_stays_does_not_depend_on_the_order(data: st.DataObject) -> None:
+    hashes = data.draw(clustered_hashes())
+    count = len(hashes)
+    uids = data.draw(st.permutations([uid(number) for number in range(count)]))
+    order = data.draw(st.permutations(range(count)))
+    rows = table(
+        *({"uid": uids[i], "perceptual_hash": hashes[i].tobytes(), "sha256": hashes[i].tobytes()} for i in range(count))
+    )
+    for one in (NearDuplicate(radius=3), ExactDuplicate()):
+        straight = set(rows.filter(one.keep(rows))["uid"])
+        shuffled = rows[order] if count else rows
+        assert set(shuffled.filter(one.keep(shuffled))["uid"]) == straight
+        assert count == 0 or uid(0) in straight, "the smallest uid always stays"
+
+
+def test_exact_keeps_one_of_each() -> None:
+    same, other = {"sha256": b"s" * 32}, {"sha256": b"o" * 32}
+    rows = table({"uid": uid(5), **same}, {"uid": uid(3), **same}, {"uid": uid(4), **other}, {"uid": uid(9)})
+    assert ExactDuplicate().keep(rows).to_list() == [False, True, True, None]
+
+
+def test_all_captions_of_a_sample_share_its_fate() -> None:
+    """Rows of one sample have one hash; they are not duplicates of each other."""
+    first = {"uid": uid(1), "index": 0, "sha256": b"s" * 32, "perceptual_hash": bytes(64)}
+    second = first | {"uid": uid(2), "index": 1}
+    rows = table(first, first | {"caption_index": 1}, second, second | {"caption_index": 1})
+    assert ExactDuplicate().keep(rows).to_list() == [True, True, False, False]
+    assert NearDuplicate(radius=0).keep(rows).to_list() == [True, True, False, False]
+    assert UniqueUid().keep(rows).to_list() == [True] * 4
+
+
+def test_a_chain_is_thinned_not_collapsed() -> None:
+    step = [bytes([255] * n + [0] * (64 - n)) for n in range(4)]  # 8 bits from one to the next
+    rows = table(*({"uid": uid(n), "perceptual_hash": step[n]} for n in range(4)))
+    assert NearDuplicate(radius=8).keep(rows).to_list() == [True, False, True, False]
+
+
+def test_a_uid_names_the_first_sample_that_has_it() -> None:
+    rows = table({"uid": uid(7), "shard": 1, "index": 0}, {"uid": uid(7), "shard": 0, "index": 9}, {"uid": uid(8)})
+    assert UniqueUid().keep(rows).to_list() == [False, True, True]
+
+
+def test_large_groups_of_equal_hashes_are_cheap() -> None:
+    rows = pl.DataFrame({"uid": [uid(n) for n in range(20_000)], "perceptual_hash": [bytes(64)] * 20_000})
+    assert NearDuplicate(radius=24).keep(rows).sum() == 1
