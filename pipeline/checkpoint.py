@@ -168,15 +168,12 @@ def _write(
     order = file_order(specs)
     file: TensorFile | None = writer.do(lambda: TensorFile(path, specs))
     for name, tensor in zip(order, tensors(order), strict=True):  # collectives: every rank goes through all of them
-        writer.do(partial(_add, file, name, tensor))
+        if file is not None:
+            writer.do(partial(file.add, name, tensor))
     if file is not None:
         writer.do(file.close)
         if writer.failure is not None:
             file.abandon()
-
-
-def _add(file: TensorFile, name: str, tensor: Tensor) -> None:
-    file.add(name, tensor)
 
 
 def _as_user_error(failure: OSError | NotEnoughSpace | None, folder: Path) -> Exception:

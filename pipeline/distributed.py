@@ -15,7 +15,7 @@ from datetime import timedelta
 import torch
 import torch.distributed as dist
 from torch import Tensor
-from torch.distributed import ProcessGroup
+from torch.distributed import HashStore, ProcessGroup  # type: ignore[attr-defined]
 
 # A rank that waits this long for another has lost it. Generous: rank 0 may index shards while the others wait.
 COLLECTIVE_TIMEOUT = timedelta(minutes=30)
@@ -74,7 +74,7 @@ def _init_process_group(backend: str) -> None:
     if "WORLD_SIZE" not in os.environ:
         # DeepSpeed wants a process group even for one process; an in-memory store needs neither port nor variables,
         # which child processes would inherit and take for a launcher's.
-        dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1)
+        dist.init_process_group(backend, store=HashStore(), rank=0, world_size=1)
         return
     missing = [name for name in ("RANK", "MASTER_ADDR", "MASTER_PORT") if name not in os.environ]
     if missing:

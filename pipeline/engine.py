@@ -8,7 +8,7 @@ import logging
 import math
 import os
 from collections.abc import Callable, Iterator, Mapping
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 import torch
 import torch.distributed as dist
@@ -16,7 +16,7 @@ from pydantic import Field
 from torch import Tensor, nn
 from torch.distributed import ProcessGroup
 
-from mmfoundry.pipeline.config import Config
+from mmfoundry.pipeline.config import Config, Neutral
 from mmfoundry.pipeline.distributed import Runtime
 from mmfoundry.pipeline.errors import ConfigError
 from mmfoundry.pipeline.optimizers import ParamGroup
@@ -45,7 +45,7 @@ class EngineConfig(Config):
         None, gt=0, description="samples of one forward pass on one rank; None: the whole share of the rank"
     )
     gradient_clipping: float = Field(1.0, ge=0, description="largest L2 norm of the joint gradient; 0: not clipped")
-    zero_optimization: ZeroConfig = Field(ZeroConfig(), description="what ranks share out")
+    zero_optimization: Annotated[ZeroConfig, Neutral()] = Field(ZeroConfig(), description="what ranks share out")
     precision: Literal["fp32", "bf16", "fp16"] = Field(
         "fp32", description="of the arithmetic (autocast); weights, gradients and optimizer states stay fp32"
     )
@@ -251,7 +251,7 @@ class Engine:
         """Let go of the model: whole again on every rank, with DeepSpeed's hooks and buffers gone."""
         if self.stage == 3:
             parameters = list(self.model.parameters())
-            parameters[0].all_gather(parameters)
+            parameters[0].all_gather(parameters)  # type: ignore[attr-defined]
         self.deepspeed.destroy()
         self.deepspeed.module_forward_pre_hook.remove()
         self.deepspeed.module_forward_post_hook.remove()

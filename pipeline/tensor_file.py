@@ -47,6 +47,7 @@ class TensorFile:
     """
 
     def __init__(self, path: Path, specs: Mapping[str, Spec]) -> None:
+        self.path = path
         header: dict[str, object] = {}
         self._waiting = file_order(specs)
         self._specs = specs

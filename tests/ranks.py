@@ -12,6 +12,7 @@ from multiprocessing.connection import Connection, wait
 from typing import Any
 
 TIMEOUT_S = 240.0
+GRACE_S = 3.0  # for the other ranks, once one has raised
 _POOLS: dict[int, _Pool] = {}
 
 
@@ -29,9 +30,9 @@ def run_ranks(function: Callable[..., Any], world: int, *args: Any) -> list[Any]
         pool = _POOLS[world] = _Pool(world)
     try:
         return pool.call(function, args)
-    except BaseException:
-        _POOLS.pop(world).stop()  # the other ranks may wait in a collective for ever
-        raise
+    finally:
+        if pool.broken:
+            _POOLS.pop(world).stop()
 
 
 class _Pool:
@@ -40,7 +41,7 @@ class _Pool:
         with socket.socket() as probe:
             probe.bind(("127.0.0.1", 0))
             port = probe.getsockname()[1]
-        self.pipes, self.processes = [], []
+        self.pipes, self.processes, self.broken = [], [], False
         for rank in range(world):
             ours, theirs = context.Pipe()
             process = context.Process(target=_serve, args=(theirs, rank, world, port), daemon=True)
@@ -51,24 +52,28 @@ class _Pool:
         atexit.register(self.stop)
 
     def call(self, function: Callable[..., Any], args: tuple[Any, ...]) -> list[Any]:
+        self.broken = True  # until every rank has answered: some may wait in a collective for ever
         for pipe in self.pipes:
             pipe.send((function, args))
-        answers: dict[int, Any] = {}
+        answers: dict[int, tuple[Any, str | None]] = {}
         while len(answers) < len(self.pipes):
             waiting = [pipe for rank, pipe in enumerate(self.pipes) if rank not in answers]
-            ready = wait(waiting, timeout=TIMEOUT_S)
+            troubles = [f"rank {rank} raised\n{text}" for rank, (_, text) in sorted(answers.items()) if text]
+            ready = wait(waiting, timeout=GRACE_S if troubles else TIMEOUT_S)
             if not ready:
-                raise RuntimeError(f"ranks {sorted(set(range(len(self.pipes))) - set(answers))} took too long")
+                late = sorted(set(range(len(self.pipes))) - set(answers))
+                raise RuntimeError("".join(troubles) or f"ranks {late} took too long")
             for pipe in ready:
                 rank = self.pipes.index(pipe)
                 try:
-                    value, trouble = pipe.recv()
+                    answers[rank] = pipe.recv()
                 except EOFError:
-                    raise RuntimeError(f"rank {rank} died") from None
-                if trouble is not None:
-                    raise RuntimeError(f"rank {rank} raised\n{trouble}")
-                answers[rank] = value
-        return [answers[rank] for rank in range(len(self.pipes))]
+                    raise RuntimeError("".join(troubles) or f"rank {rank} died") from None
+        self.broken = False
+        troubles = [f"rank {rank} raised\n{text}" for rank, (_, text) in sorted(answers.items()) if text]
+        if troubles:
+            raise RuntimeError("".join(troubles))
+        return [answers[rank][0] for rank in range(len(self.pipes))]
 
     def stop(self) -> None:
         for process in self.processes:

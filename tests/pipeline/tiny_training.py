@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import os
+import signal
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import torch
 import torch.distributed as dist
-from pydantic import Field
 from torch import Tensor, nn
 from torch.distributed import ProcessGroup
 from torch.nn import functional as F
@@ -16,6 +17,7 @@ from torch.nn import functional as F
 from mmfoundry.pipeline.artifact import Artifact
 from mmfoundry.pipeline.config import StageConfig
 from mmfoundry.pipeline.distributed import init_runtime, world_in
+from mmfoundry.pipeline.errors import MmfoundryError
 from mmfoundry.pipeline.metrics import read_metrics
 from mmfoundry.pipeline.stage import RunContext, Stage, run_stage
 from mmfoundry.pipeline.trainer import TrainerConfig, train
@@ -108,12 +110,13 @@ class TinyConfig(StageConfig):
     trainer: TrainerConfig
     dropout: float = 0.0
     bad: int | None = None
-    pause_s: float = Field(0.0, description="between steps, so that a test can kill the run in the middle")
+
+
+# What a test has happen after a step, by name of the signal that this process then gets; not part of the config.
+SIGNAL_AFTER: tuple[str, int] | None = None
 
 
 def run(config: TinyConfig, context: RunContext) -> Artifact:
-    import time
-
     torch.manual_seed(config.seed)
     model = Poisoned(config.dropout) if config.bad is not None else TinyLanguageModel(config.dropout)
     runtime = context.runtime
@@ -121,11 +124,15 @@ def run(config: TinyConfig, context: RunContext) -> Artifact:
         config.trainer.samples_per_fetch(runtime.world_size), runtime.rank, runtime.world_size, config.bad
     )
 
-    def pause() -> dict[str, float]:
-        time.sleep(config.pause_s)
+    def after_step() -> dict[str, float]:
+        step = loader.state_dict()["samples_consumed"] // config.trainer.train_batch_size
+        if SIGNAL_AFTER is not None and SIGNAL_AFTER[1] == step:
+            os.kill(os.getpid(), signal.Signals[SIGNAL_AFTER[0]])
         return {}
 
-    result = train(config.trainer, model=model, objective=TokenLoss(), loader=loader, context=context, metrics=pause)
+    result = train(
+        config.trainer, model=model, objective=TokenLoss(), loader=loader, context=context, metrics=after_step
+    )
     if runtime.is_main:
         torch.save(model.state_dict(), context.work / "model.pt")
     return context.finish(result.as_metrics())
@@ -148,9 +155,26 @@ def trainer_config(**changes: Any) -> dict[str, Any]:
 
 
 def train_tiny(
-    group: ProcessGroup | None, output: str, config: dict[str, Any]
-) -> tuple[list[float], dict[str, Tensor]]:
-    """Run the stage here (on every rank); the loss of each step and the final weights."""
-    artifact = run_stage(TINY, TinyConfig.model_validate(config), Path(output), init_runtime())
+    group: ProcessGroup | None, output: str, config: dict[str, Any], signal_after: tuple[str, int, int] | None = None
+) -> tuple[list[float], dict[str, Tensor]] | int | str:
+    """Run the stage here, on every rank.
+
+    Args:
+        group: not read; `run_ranks` passes it.
+        output: the artifact's folder.
+        config: as a tree.
+        signal_after: name of a signal, step, rank: that rank sends itself the signal after that step.
+    Returns:
+        The loss of each step and the final weights; or the exit code, or the text of the user error, that ended it.
+    """
+    global SIGNAL_AFTER
+    runtime = init_runtime()
+    SIGNAL_AFTER = signal_after[:2] if signal_after is not None and signal_after[2] == runtime.rank else None
+    try:
+        artifact = run_stage(TINY, TinyConfig.model_validate(config), Path(output), runtime)
+    except SystemExit as stop:
+        return int(str(stop.code))
+    except MmfoundryError as error:
+        return str(error)
     weights = torch.load(artifact.path / "model.pt", weights_only=True)
     return [line["loss"] for line in read_metrics(artifact.path / "metrics.jsonl")], weights
