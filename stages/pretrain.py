@@ -27,6 +27,7 @@ from mmfoundry.models.text import trim
 from mmfoundry.pipeline.artifact import Artifact
 from mmfoundry.pipeline.config import ArtifactRef, Config, Neutral, StageConfig
 from mmfoundry.pipeline.errors import ConfigError
+from mmfoundry.pipeline.host_memory import keep_freed_memory
 from mmfoundry.pipeline.optimizers import decay_groups
 from mmfoundry.pipeline.stage import RunContext, Stage
 from mmfoundry.pipeline.trainer import TrainerConfig, train
@@ -132,8 +133,10 @@ def run(config: PretrainConfig, context: RunContext) -> Artifact:
         MissingInput: a source has no shards.
         TooManyUnreadable: past `loader.max_unreadable`.
     """
-    model, seed = _model(config, context)
     runtime = context.runtime
+    if runtime.device.type == "cpu":
+        keep_freed_memory()
+    model, seed = _model(config, context)
     loader = Loader(
         [Source(context.inputs[f"data.{i}.path"], each.weight) for i, each in enumerate(config.data)],
         batch_size=config.trainer.samples_per_fetch(runtime.world_size),
