@@ -184,8 +184,9 @@ def parse(
         # Unknown keys first: a misspelt one explains the key that is then missing.
         for entry in sorted(error.errors(include_url=False), key=lambda entry: entry["type"] != "extra_forbidden"):
             path, text = _explain(model, entry, prefix)
-            meant = f"did you mean {entry['loc'][-1]}?"
-            if entry["type"] == "missing" and any(told.endswith(meant) for told in problems.values()):
+            # A config as a whole (a check across its fields) has an empty location.
+            meant = f"did you mean {entry['loc'][-1]}?" if entry["type"] == "missing" else ""
+            if meant and any(told.endswith(meant) for told in problems.values()):
                 continue
             given = any(path == key or path.startswith(f"{key}.") for key in overridden)
             problems.setdefault(path, f"{'command line' if given else source}: {text}")
