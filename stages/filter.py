@@ -123,6 +123,7 @@ def run(config: FilterConfig, context: RunContext) -> Artifact:
         "samples": samples,
         "kept": funnel["kept"],
         "dropped": samples - funnel["kept"],
+        "captions_kept": funnel["captions_kept"],
         "unreadable": unreadable / samples,
         "samples_per_second": samples / context.seconds(),
         **truth_metrics(funnel["truth"]),
