@@ -3,15 +3,25 @@
 from __future__ import annotations
 
 import importlib
-import pkgutil
 from collections.abc import Iterator, Mapping
 from importlib.metadata import entry_points
 
 from mmfoundry.pipeline.errors import UnknownName
-from mmfoundry.pipeline.registry import Registry, unknown
+from mmfoundry.pipeline.registry import Registry, Row, unknown
 from mmfoundry.pipeline.stage import Stage
 
 STAGES_GROUP = "mmfoundry.stage"
+# Ours, in the order of the pipeline, each the module of that name in mmfoundry.stages; said here what they do, so that
+# the command's help need not import them.
+OUR_STAGES = {
+    "filter": "Choose which pairs of a pool go on: metadata, filters, de-duplication; writes shards and the funnel.",
+    "scenes": "Compose scenes of pictures, with captions, hard negatives, questions and answers; writes shards.",
+    "pretrain": "Train a CLIP from image-text shards.",
+    "instruct": "Join a vision tower to a language model and tune both on questions and answers.",
+    "adapt": "Fit a small adapter (LoRA) to a trained CLIP or vision-language model.",
+    "eval": "Measure models: zero-shot, retrieval, probes, questions; each against chance and with its interval.",
+    "release": "Write folders that open_clip, transformers and peft load without mmfoundry, with model cards.",
+}
 
 # Stages that train, and the module that runs one rank of each.
 RANK_MODULES = {
@@ -23,24 +33,20 @@ RANK_MODULES = {
 # kind -> where its registry is
 REGISTRIES = {
     "objective": ("mmfoundry.models.objectives", "OBJECTIVES"),
-    "filter": ("mmfoundry.data.filters", "FILTERS"),
+    "filter": ("mmfoundry.data.filters.base", "FILTERS"),
     "connector": ("mmfoundry.models.connectors", "CONNECTORS"),
-    "adapter": ("mmfoundry.models.adapters", "ADAPTERS"),
     "optimizer": ("mmfoundry.pipeline.optimizers", "OPTIMIZERS"),
-    "schedule": ("mmfoundry.pipeline.schedules", "SCHEDULES"),
-    "eval": ("mmfoundry.evals", "EVAL_TASKS"),
+    "eval": ("mmfoundry.evals.task", "EVAL_TASKS"),
 }
 
 
 class Stages(Mapping[str, Stage]):
-    """Every stage by name: the modules of `mmfoundry.stages`, and entry points of the group `mmfoundry.stage`.
+    """Every stage by name: ours, and entry points of the group `mmfoundry.stage`.
 
     A stage's module is imported when the stage is looked up, so that a recipe pays for what it runs only.
     """
 
     def __init__(self) -> None:
-        package = importlib.import_module("mmfoundry.stages")
-        self._ours = [module.name for module in pkgutil.iter_modules(package.__path__) if module.name[0] != "_"]
         self._theirs = {point.name: point for point in entry_points(group=STAGES_GROUP)}
 
     def __getitem__(self, name: str) -> Stage:
@@ -49,21 +55,34 @@ class Stages(Mapping[str, Stage]):
         Raises:
             UnknownName: there is none; the text lists the known ones.
         """
-        if name in self._ours:
+        if name in OUR_STAGES:
+            declare_missing_ops()
             return importlib.import_module(f"mmfoundry.stages.{name}").STAGE
         if name in self._theirs:
             return self._theirs[name].load()
         raise UnknownName(unknown("stage", name, list(self)))
 
+    def describe(self) -> list[Row]:
+        """Name, what it does, and module of every stage."""
+        ours = [Row(name, summary, f"mmfoundry.stages.{name}") for name, summary in OUR_STAGES.items()]
+        theirs = [(name, self[name]) for name in self if name not in OUR_STAGES]
+        return ours + [Row(name, stage.summary, stage.run.__module__) for name, stage in theirs]
+
     def __contains__(self, name: object) -> bool:
-        return name in self._ours or name in self._theirs
+        return name in OUR_STAGES or name in self._theirs
 
     def __iter__(self) -> Iterator[str]:
-        yield from self._ours
-        yield from (name for name in self._theirs if name not in self._ours)
+        yield from dict.fromkeys((*OUR_STAGES, *self._theirs))
 
     def __len__(self) -> int:
-        return len({*self._ours, *self._theirs})
+        return len({*OUR_STAGES, *self._theirs})
+
+
+def declare_missing_ops() -> None:
+    """What `pipeline.torchvision_ops` does, without importing torch before something needs it."""
+    from mmfoundry.pipeline import torchvision_ops
+
+    torchvision_ops.declare_missing_ops()
 
 
 def open_registry(kind: str) -> Registry:
@@ -76,4 +95,5 @@ def open_registry(kind: str) -> Registry:
     if name not in REGISTRIES:
         raise UnknownName(unknown("kind", kind, REGISTRIES))
     module, attribute = REGISTRIES[name]
+    declare_missing_ops()
     return getattr(importlib.import_module(module), attribute)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import json
 import sys
 from collections.abc import Callable
@@ -12,8 +13,9 @@ import typer
 from typer.exceptions import Abort, Exit, TyperException
 
 import mmfoundry
+from mmfoundry.launch.catalog import OUR_STAGES
 from mmfoundry.launch.data_commands import data_app, index_shards
-from mmfoundry.launch.failures import USER_ERROR, exit_code_of, tell
+from mmfoundry.launch.failures import USER_ERROR, exit_code_of, leave, tell
 
 app = typer.Typer(
     name="mmfoundry",
@@ -45,36 +47,15 @@ Overrides = Annotated[
 ]
 DryRun = Annotated[bool, typer.Option("--dry-run", help="Say what would be done, and why; do nothing.")]
 
-# verb -> what it does, and an example
-VERBS = {
-    "filter": (
-        "Choose which pairs of a pool go on: index, metadata, filters, de-duplication; writes shards and the funnel.",
-        "mmfoundry filter configs/demo.yaml output=runs/try/filter",
-    ),
-    "scenes": (
-        "Compose scenes of sample pictures, with captions, hard negatives, questions and answers; writes shards.",
-        "mmfoundry scenes configs/demo.yaml count=100 output=runs/try/scenes",
-    ),
-    "pretrain": (
-        "Train a CLIP from image-text shards.",
-        "mmfoundry pretrain configs/demo.yaml trainer.max_steps=50 output=runs/try/pretrain",
-    ),
-    "instruct": (
-        "Join a vision tower to a language model and tune both on questions and answers.",
-        "mmfoundry instruct configs/demo.yaml output=runs/try/instruct",
-    ),
-    "adapt": (
-        "Fit a small adapter (LoRA) to a trained CLIP or vision-language model.",
-        "mmfoundry adapt configs/demo.yaml entry=adapt_clip output=runs/try/adapt",
-    ),
-    "eval": (
-        "Measure models: zero-shot, retrieval, probes, questions; each against chance and with its interval.",
-        "mmfoundry eval configs/demo.yaml output=runs/try/eval",
-    ),
-    "release": (
-        "Write folders that open_clip, transformers and peft load without mmfoundry, with model cards.",
-        "mmfoundry release configs/demo.yaml output=runs/try/release",
-    ),
+# Keys that make each verb's example a short run.
+EXAMPLES = {
+    "filter": "",
+    "scenes": "count=100 ",
+    "pretrain": "trainer.max_steps=50 ",
+    "instruct": "",
+    "adapt": "entry=adapt_clip ",
+    "eval": "",
+    "release": "",
 }
 
 
@@ -121,8 +102,6 @@ def run(
 
     console = Console(highlight=False, soft_wrap=True)
     recipe = load_recipe(config, Stages(), overrides or [], output)
-    if not dry_run:
-        _declare_missing_ops()
     run_recipe(
         recipe,
         until=until,
@@ -135,15 +114,11 @@ def run(
 
 
 def _build_report(run_folder: Path) -> None:
+    if importlib.util.find_spec("mmfoundry.launch.report") is None:
+        return
     from mmfoundry.launch.report import build_report
 
     build_report(run_folder)
-
-
-def _declare_missing_ops() -> None:
-    from mmfoundry.pipeline.torchvision_ops import declare_missing_ops
-
-    declare_missing_ops()
 
 
 def _verb(stage: str) -> Callable[..., None]:
@@ -163,22 +138,20 @@ def _verb(stage: str) -> Callable[..., None]:
             return
         from mmfoundry.pipeline.distributed import init_runtime
 
-        _declare_missing_ops()
         print(verbs.outcome(verbs.execute(job, init_runtime())))
 
-    summary, example = VERBS[stage]
-    command.__doc__ = f"""{summary}
+    command.__doc__ = f"""{OUR_STAGES[stage]}
 
     CONFIG is this stage's own config, or a recipe: then the recipe's entry is used and `${{entry}}` means the artifact
     in its run folder. `output=FOLDER` says where the artifact goes; `entry=NAME` chooses among several entries.
     `mmfoundry config schema {stage}` lists the keys.
 
-    Example: `{example}`
+    Example: `mmfoundry {stage} configs/demo.yaml {EXAMPLES[stage]}output=runs/try/{stage}`
     """
     return command
 
 
-for _stage in VERBS:
+for _stage in OUR_STAGES:
     app.command(_stage, rich_help_panel="Stages")(_verb(_stage))
 
 app.command("index", rich_help_panel="Data")(index_shards)
@@ -199,12 +172,7 @@ def list_(
     if kind is None:
         print("\n".join(["stage", *REGISTRIES]))
         return
-    if kind in ("stage", "stages"):
-        stages = Stages()
-        rows = [(name, stages[name].summary, stages[name].run.__module__) for name in stages]
-    else:
-        _declare_missing_ops()
-        rows = [tuple(row) for row in open_registry(kind).describe()]
+    rows = Stages().describe() if kind in ("stage", "stages") else open_registry(kind).describe()
     widths = [max((len(row[column]) for row in rows), default=0) for column in (0, 1)]
     for name, summary, source in rows:
         print(f"{name:<{widths[0]}}  {summary:<{widths[1]}}  {source}")
@@ -258,19 +226,23 @@ def report(
 
 def main() -> None:
     """Entry point of the `mmfoundry` command."""
-    sys.exit(exit_code_of(_main))
+    leave(exit_code_of(_main))
 
 
 def _main() -> None:
+    # Not `app()`: it answers interrupts and closed pipes itself, each in its own way.
+    command = typer.main.get_command(app)
+    code = 0
     try:
-        code = app(standalone_mode=False)
+        with command.make_context("mmfoundry", sys.argv[1:]) as context:
+            command.invoke(context)
     except Exit as exit_:
         code = exit_.exit_code
     except Abort as abort:
         raise KeyboardInterrupt from abort
     except TyperException as error:  # a wrong option or argument
-        code = tell(f"{error.format_message().rstrip('.')}; see mmfoundry --help".replace("\n", " "))
-        sys.exit(USER_ERROR)
+        tell(" ".join(f"{error.format_message().rstrip('.')}; see mmfoundry --help".split()))
+        code = USER_ERROR
     if code:
         sys.exit(code)
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import sys
 from collections.abc import Callable
+from typing import NoReturn
 
 from mmfoundry.pipeline.errors import MmfoundryError
 from mmfoundry.pipeline.ranks import ERROR_FILE
@@ -20,21 +21,45 @@ def exit_code_of(work: Callable[[], None]) -> int:
     """
     try:
         work()
+        sys.stdout.flush()  # here, where a full disk or a closed pipe is still answered
     except MmfoundryError as error:
         return tell(str(error))
     except KeyboardInterrupt:
         tell("interrupted; run the same command again to go on")
         return INTERRUPTED
     except BrokenPipeError:
-        # The reader of our output, such as `head`, has seen enough. Python would complain again while it ends.
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        return 0
+        _drop_output()
+        return 0  # the reader, such as `head`, has seen enough
     except Exception as error:
         text = system_error(error)
         if text is None:
             raise
+        _drop_output()
         return tell(text)
     return 0
+
+
+def _drop_output() -> None:
+    """Send what standard output still holds nowhere, lest Python fail on it again while it ends."""
+    with open(os.devnull, "wb") as nowhere:
+        os.dup2(nowhere.fileno(), sys.stdout.fileno())
+
+
+def leave(code: int) -> NoReturn:
+    """End the process with this exit code, having left the other ranks in order.
+
+    gloo's threads abort a process that ends beside them. After a failure the other ranks may be gone already, and
+    saying goodbye to them may take for ever: then everything is flushed and the process ends at once.
+    """
+    distributed = sys.modules.get("torch.distributed")
+    joined = distributed is not None and distributed.is_available() and distributed.is_initialized()
+    if joined and code == 0:
+        distributed.destroy_process_group()
+    sys.stdout.flush()
+    sys.stderr.flush()
+    if joined and code != 0:
+        os._exit(code)
+    sys.exit(code)
 
 
 def system_error(error: Exception) -> str | None:
@@ -60,6 +85,5 @@ def tell(text: str) -> int:
         with open(path, "w", encoding="utf-8") as file:
             file.write(text)
     else:
-        sys.stdout.flush()
         print(f"error: {text}", file=sys.stderr, flush=True)
     return USER_ERROR

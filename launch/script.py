@@ -8,7 +8,7 @@ import time
 from collections.abc import Sequence
 from pathlib import Path
 
-from mmfoundry.launch.failures import USER_ERROR, exit_code_of
+from mmfoundry.launch.failures import USER_ERROR, exit_code_of, leave
 from mmfoundry.pipeline.errors import MmfoundryError
 from mmfoundry.pipeline.ranks import end_with_starter
 
@@ -32,9 +32,7 @@ def main(stage: str, arguments: Sequence[str] | None = None) -> None:
         print(__doc__ if rest else "", f"usage: launch/{stage}.py CONFIG [key=value ...]", file=sys.stderr)
         sys.exit(0 if rest and rest[0] in ("-h", "--help") else USER_ERROR)
     end_with_starter()
-    code = exit_code_of(lambda: _run(stage, Path(rest[0]), rest[1:]))
-    sys.stdout.flush()
-    sys.exit(code)
+    leave(exit_code_of(lambda: _run(stage, Path(rest[0]), rest[1:])))
 
 
 def take_local_rank(arguments: list[str]) -> tuple[list[str], str | None]:
@@ -55,11 +53,7 @@ def _run(stage: str, config: Path, arguments: list[str]) -> None:
     # Imported here, so that a wrong command line is refused before torch has been loaded.
     from mmfoundry.launch import verbs
     from mmfoundry.launch.catalog import Stages
-    from mmfoundry.pipeline.distributed import init_runtime
-    from mmfoundry.pipeline.torchvision_ops import declare_missing_ops
 
-    share_cores()
-    declare_missing_ops()
     try:
         job = verbs.prepare(Stages(), stage, config, arguments)
     except MmfoundryError:
@@ -67,6 +61,9 @@ def _run(stage: str, config: Path, arguments: list[str]) -> None:
             raise
         time.sleep(_LET_RANK_0_SPEAK_S)  # it fails alike; ending first would have the launcher kill it unheard
         sys.exit(USER_ERROR)
+    from mmfoundry.pipeline.distributed import init_runtime
+
+    share_cores()
     runtime = init_runtime()
     artifact = verbs.execute(job, runtime)
     if runtime.is_main:
@@ -77,6 +74,8 @@ def share_cores() -> None:
     """Give each rank of this machine its part of the cores, unless the launcher or user set `OMP_NUM_THREADS`."""
     import torch
 
-    ranks = int(os.environ.get("LOCAL_WORLD_SIZE", os.environ.get("WORLD_SIZE", "1")))
+    ranks = int(
+        next((os.environ[name] for name in ("LOCAL_WORLD_SIZE", "LOCAL_SIZE", "WORLD_SIZE") if name in os.environ), 1)
+    )
     if ranks > 1 and "OMP_NUM_THREADS" not in os.environ:
         torch.set_num_threads(max(1, (os.cpu_count() or 1) // ranks))

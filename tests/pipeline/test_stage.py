@@ -1,7 +1,6 @@
 """Stages: whole or absent, skipped when they hold, resumed after a kill, refused where they would overwrite."""
 
 import fcntl
-import importlib.util
 import json
 import signal
 import subprocess
@@ -18,14 +17,9 @@ from mmfoundry.pipeline.config import parse
 from mmfoundry.pipeline.distributed import Runtime
 from mmfoundry.pipeline.errors import ConfigError, DamagedInput, MissingInput, MmfoundryError, NotEnoughSpace
 from mmfoundry.pipeline.stage import RunContext, record_inputs, resolve_inputs, run_stage, standing, work_folder
+from tests.pipeline import fake_stages as fakes
 
 HERE = Path(__file__).resolve().parent
-_spec = importlib.util.spec_from_file_location("fake_stages", HERE / "fake_stages.py")
-assert _spec
-assert _spec.loader
-fakes = importlib.util.module_from_spec(_spec)
-sys.modules["fake_stages"] = fakes
-_spec.loader.exec_module(fakes)
 COUNT = fakes.STAGES["count"]
 
 

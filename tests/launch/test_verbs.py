@@ -1,0 +1,65 @@
+"""A stage's verb: its own config or a recipe's entry, where its artifact goes, and what it reads."""
+
+from pathlib import Path
+
+import pytest
+
+from mmfoundry.launch import verbs
+from mmfoundry.pipeline.distributed import Runtime
+from mmfoundry.pipeline.errors import ConfigError, MissingInput
+from mmfoundry.pipeline.recipe import load_recipe, run_recipe
+from tests.pipeline import fake_stages as fakes
+
+
+@pytest.fixture(autouse=True)
+def _here(here: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(here)
+    Path("count.yaml").write_text("source: pool\nsteps: 2\n")
+
+
+def prepare(stage: str, config: str, *arguments: str) -> verbs.Job:
+    return verbs.prepare(fakes.STAGES, stage, Path(config), arguments)
+
+
+def test_a_config_of_its_own() -> None:
+    job = prepare("count", "count.yaml", "steps=4", "output=made/here")
+    assert (job.config.steps, job.output) == (4, Path("made/here"))  # type: ignore[attr-defined]
+    assert prepare("count", "count.yaml").output == Path("runs/count/count")
+    made = verbs.execute(job, Runtime())
+    assert verbs.outcome(made).endswith("steps 4, written_now 4")
+    assert verbs.describe(job).endswith("skip, done; config and inputs are unchanged")
+
+
+def test_an_entry_of_a_recipe() -> None:
+    job = prepare("count", "recipe.yaml", "steps=1")
+    assert (job.config.steps, job.output) == (1, Path("runs/try/count"))  # type: ignore[attr-defined]
+    assert prepare("count", "recipe.yaml", "count.steps=1").config == job.config
+
+
+def test_an_entry_reads_what_the_recipe_s_run_left() -> None:
+    with pytest.raises(MissingInput, match=r"join reads \$\{count\}, and .* mmfoundry run recipe\.yaml --until count"):
+        prepare("join", "recipe.yaml")
+    run_recipe(load_recipe("recipe.yaml", fakes.STAGES), until="count", say=lambda line: None)
+    assert prepare("join", "recipe.yaml").config.parts == ["runs/try/count"]  # type: ignore[attr-defined]
+
+
+def test_several_entries_of_one_stage_must_be_told_apart() -> None:
+    Path("two.yaml").write_text("a: {stage: count, source: pool}\nb: {stage: count, source: pool, steps: 5}\n")
+    with pytest.raises(ConfigError, match="choose one of its count entries with entry=NAME: a, b"):
+        prepare("count", "two.yaml")
+    with pytest.raises(ConfigError, match="choose one of its count entries"):
+        prepare("count", "two.yaml", "entry=c")
+    assert prepare("count", "two.yaml", "entry=b").config.steps == 5  # type: ignore[attr-defined]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "expected"),
+    [
+        (("stepz=3",), r"command line: stepz is not a known key; did you mean steps\?"),
+        (("entry=a",), "entry=a: not a recipe with a count entry"),
+        (("source=${filter}",), "means an entry of a recipe, but this config is one stage's"),
+    ],
+)
+def test_mistakes_are_named(arguments: tuple[str, ...], expected: str) -> None:
+    with pytest.raises(ConfigError, match=expected):
+        prepare("count", "count.yaml", *arguments)
