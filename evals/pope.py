@@ -52,7 +52,7 @@ class Pope(EvalTask):
     type: str = Field("presence", description="question type that is answered by yes or no")
     per_type: int | None = Field(None, ge=1, description="how many questions; null: all")
     untrained_questions: int = Field(100, ge=0, description="questions put to the untrained model; 0: none")
-    batch_size: int = Field(32, ge=1, description="questions a call of the model")
+    batch_size: int = Field(128, ge=1, description="questions a call of the model")
 
     def run(self, name: str, bench: Bench) -> TaskResult:
         """Ask every yes/no question; answers that a `vqa` task got in the same run are not asked for again."""

@@ -42,7 +42,7 @@ class Vqa(EvalTask):
     types: list[str] | None = Field(None, description="question types to ask; null: all that there are")
     per_type: int | None = Field(None, ge=1, description="questions of each type; null: all")
     untrained_per_type: int = Field(100, ge=0, description="questions of each type put to the untrained model; 0: none")
-    batch_size: int = Field(32, ge=1, description="questions a call of the model")
+    batch_size: int = Field(128, ge=1, description="questions a call of the model")
 
     def run(self, name: str, bench: Bench) -> TaskResult:
         """Ask every question and score each type on its own."""

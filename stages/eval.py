@@ -7,37 +7,34 @@ import json
 import re
 import shutil
 import time
-from collections.abc import Sequence
 from functools import cache
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
-from numpy.typing import NDArray
 from PIL import Image
 from pydantic import Field, SerializeAsAny, field_validator, model_validator
 
 from mmfoundry.data.reader import Pool
 from mmfoundry.data.text import clip_tokenizer
-from mmfoundry.data.tiles import cut_tiles
 from mmfoundry.evals.questions import Answer
 from mmfoundry.evals.samples import Samples, select
 from mmfoundry.evals.suite import load_suite, parse_task, selections
 from mmfoundry.evals.task import Bench, Clip, EvalTask, Example, Row, Selection, TaskResult
-from mmfoundry.models import generate
 from mmfoundry.models.clip import CLIP
 from mmfoundry.models.interop.load import load_any_clip
 from mmfoundry.models.io import untrained_clip
-from mmfoundry.models.vlm import VisionLanguageModel
-from mmfoundry.models.vlm_io import load_vlm
-from mmfoundry.models.vlm_text import VlmText
 from mmfoundry.pipeline.artifact import Artifact, write_atomic
 from mmfoundry.pipeline.config import ArtifactRef, StageConfig
 from mmfoundry.pipeline.distributed import barrier
 from mmfoundry.pipeline.errors import ConfigError, DamagedInput, MissingInput
 from mmfoundry.pipeline.registry import unknown
 from mmfoundry.pipeline.stage import RunContext, Stage
+from mmfoundry.pipeline.torchvision_ops import declare_missing_ops
+
+if TYPE_CHECKING:
+    from mmfoundry.pipeline.metrics import StageLog
 
 RESULTS = "results.json"
 TASK_NAME = re.compile(r"[a-z0-9_]+")
@@ -147,19 +144,19 @@ def make_bench(config: EvalConfig, context: RunContext) -> Bench:
     """Load the models and data sets that the tasks need."""
     needs = {task.needs for task in config.to_run().values()}
     device = context.runtime.device
-    clip = untrained = answer = None
+    clip = untrained = answer = untrained_answer = None
     if "clip" in needs and config.clip is not None:
-        folder = context.resolve(config.clip)
+        folder = context.inputs["clip"]
         model = load_any_clip(folder)
         clip = as_clip(model.to(device))
         if config.untrained:
             untrained = as_clip(_before_training(model, folder, config.seed).to(device))
     if "vlm" in needs and config.vlm is not None:
-        answer = load_answer(context.resolve(config.vlm), device)
+        answer, untrained_answer = load_answers(context.inputs["vlm"], device, config.untrained, context.log)
 
     @cache
     def pool(name: str) -> Pool:
-        return Pool(context.resolve(config.data[name]), name=name)
+        return Pool(context.inputs[f"data.{name}"], name=name)
 
     def opened(selection: Selection) -> Samples:
         return select(pool(selection.data), selection.where, selection.limit)
@@ -173,6 +170,7 @@ def make_bench(config: EvalConfig, context: RunContext) -> Bench:
         clip=clip,
         untrained_clip=untrained,
         answer=answer,
+        untrained_answer=untrained_answer,
     )
 
 
@@ -198,21 +196,20 @@ def as_clip(model: CLIP) -> Clip:
     return Clip(encode_image, encode_text, model.config.vision_cfg.image_size)
 
 
-def load_answer(folder: Path, device: torch.device) -> Answer:
-    """The model of an instruct artifact, ready to answer."""
-    model, text = load_vlm(folder)
-    return as_answer(model.to(device), text)
+def load_answers(folder: Path, device: torch.device, untrained: bool, log: StageLog) -> tuple[Answer, Answer | None]:
+    """The vision-language model of an artifact, and what it was before training where that is wanted and known."""
+    declare_missing_ops()
+    # Imported here: transformers takes seconds, which a CLIP's evaluation need not spend.
+    from mmfoundry.stages.answering import load_answerer
 
-
-def as_answer(model: VisionLanguageModel, text: VlmText) -> Answer:
-    """Our vision-language model as evaluations see one: pictures as pixels, questions and answers as strings."""
-    side, tiles = model.config.vision.image_size, model.config.tiles
-
-    def answer(pictures: Sequence[NDArray[np.uint8]], questions: Sequence[str], picture_of: Sequence[int]) -> list[str]:
-        cut = [cut_tiles(picture, side, tiles.min_tiles, tiles.max_tiles) for picture in pictures]
-        return generate.answer(model, text, cut, questions, picture_of)
-
-    return answer
+    answer = load_answerer(folder, device)
+    if not untrained:
+        return answer, None
+    try:
+        return answer, load_answerer(folder, device, untrained=True)
+    except MissingInput as error:
+        log.say(f"eval: no untrained model to compare with: {error}")
+        return answer, None
 
 
 def write_result(folder: Path, name: str, result: TaskResult, done: Path) -> None:
