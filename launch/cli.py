@@ -53,7 +53,7 @@ EXAMPLES = {
     "scenes": "count=100 ",
     "pretrain": "trainer.max_steps=50 ",
     "instruct": "",
-    "adapt": "entry=adapt_clip ",
+    "adapt": "",
     "eval": "",
     "release": "",
 }

@@ -53,7 +53,7 @@ def leave(code: int) -> NoReturn:
     """
     distributed = sys.modules.get("torch.distributed")
     joined = distributed is not None and distributed.is_available() and distributed.is_initialized()
-    if joined and code == 0:
+    if distributed is not None and joined and code == 0:
         distributed.destroy_process_group()
     sys.stdout.flush()
     sys.stderr.flush()
