@@ -150,10 +150,21 @@ def _write_shard(path: Path, samples: Iterator[dict[str, Any]]) -> None:
     from webdataset import TarWriter  # imports torch, which readers of this module may not need
 
     drop_index(path)  # an index must never be older than its shard
-    with _replacing(path) as file, TarWriter(file, user="", group="", mode=0o644, mtime=0, encoder=False) as tar:
-        for sample in samples:
-            tar.write(sample)
-    save_index(index_shard(path, digest=True), path)
+    with _telling_of_a_full_disk(path):
+        with _replacing(path) as file, TarWriter(file, user="", group="", mode=0o644, mtime=0, encoder=False) as tar:
+            for sample in samples:
+                tar.write(sample)
+        save_index(index_shard(path, digest=True), path)
+
+
+@contextmanager
+def _telling_of_a_full_disk(path: Path) -> Iterator[None]:
+    try:
+        yield
+    except OSError as error:
+        if error.errno in (errno.ENOSPC, errno.EDQUOT):
+            raise NotEnoughSpace(f"{path}: no space left on the disk; free some or choose another --output") from error
+        raise
 
 
 @contextmanager
@@ -171,9 +182,5 @@ def _replacing(path: Path) -> Iterator[IO[bytes]]:
             os.fsync(directory)  # without it a power cut can undo the rename
         finally:
             os.close(directory)
-    except OSError as error:
-        if error.errno in (errno.ENOSPC, errno.EDQUOT):
-            raise NotEnoughSpace(f"{path}: no space left on the disk; free some or choose another --output") from error
-        raise
     finally:
         temporary.unlink(missing_ok=True)

@@ -1,5 +1,6 @@
 """write_shards: webdataset reads it, equal samples give equal bytes, a shard is whole or absent."""
 
+import errno
 import tarfile
 from pathlib import Path
 
@@ -7,6 +8,7 @@ import pytest
 
 from mmfoundry.data.index import index_path, open_index
 from mmfoundry.data.shards import write_shard, write_shards
+from mmfoundry.pipeline.errors import NotEnoughSpace
 
 
 def _rows(count: int, size: int = 700) -> list[dict]:
@@ -91,3 +93,20 @@ def test_the_index_knows_the_digest(tmp_path: Path) -> None:
 
     (shard,) = write_shards(_rows(3), tmp_path)
     assert open_index(shard).digest == hashlib.sha256(shard.read_bytes()).hexdigest()
+
+
+@pytest.mark.parametrize("what", ["shard", "index"])
+def test_a_full_disk_is_one_line_and_leaves_whole_shards(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, what: str
+) -> None:
+    def full(*_: object) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    write_shards(_rows(2), tmp_path, max_count=2)
+    target = "mmfoundry.data.shards.os.fsync" if what == "shard" else "mmfoundry.data.shards.save_index"
+    monkeypatch.setattr(target, full)
+    with pytest.raises(NotEnoughSpace, match=r"shard-00000\.tar: no space left"):
+        write_shards(_rows(4), tmp_path, max_count=4)
+    monkeypatch.undo()
+    assert len(open_index(tmp_path / "shard-00000.tar")) == (2 if what == "shard" else 4)
+    assert not list(tmp_path.glob(".*"))
