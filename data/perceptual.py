@@ -4,7 +4,7 @@
 "Implementation and benchmarking of perceptual image hash functions"). There it is 8 x 8 frequencies of 32 x 32 pixels,
 each against the median; but at 64 bits two drawings of one size on plain backgrounds can be 2 bits apart and two
 encodings of one picture 8, so there are 16 x 16 of 64 x 64 here; and in smooth pictures most frequencies are near the
-median, where an encoder's noise decides the bit, so here a frequency must rise above a floor that such noise stays under.
+median, where an encoder's noise decides the bit, so here a frequency must rise above a floor over that noise.
 256 bits of colour: the two chroma values in a 4 x 4 grid, each as a row of 8 bits of which as many are set as the value
 is high, so that a shape in red and in blue are not called the same.
 

@@ -160,6 +160,12 @@ def unreadable_counts(request: Request, shard: int) -> Counter[str]:
     return Counter(samples["unreadable"].to_list())
 
 
+def unreadable_keys(request: Request, shard: int) -> list[str]:
+    """Keys of the samples of a finished shard that cannot be used, in its order."""
+    rows = pl.read_parquet(request.table_path(shard), columns=["key", "unreadable"])
+    return rows.drop_nulls()["key"].unique(maintain_order=True).to_list()
+
+
 def truth_of(raw: RawSample) -> list[dict[str, str | None]]:
     """What a sample's JSON says under `truth`, at most one row; a sample that says nothing has none."""
     data = raw.members.get("json", b"")

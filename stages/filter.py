@@ -23,7 +23,15 @@ from mmfoundry.data.reader import Pool
 from mmfoundry.data.reshard import curated_samples
 from mmfoundry.data.scores import Scorer, score_table
 from mmfoundry.data.shards import write_shards
-from mmfoundry.data.table import Request, describe_shards, read_table, read_truth, unreadable_counts, write_parquet
+from mmfoundry.data.table import (
+    Request,
+    describe_shards,
+    read_table,
+    read_truth,
+    unreadable_counts,
+    unreadable_keys,
+    write_parquet,
+)
 from mmfoundry.pipeline.artifact import Artifact, write_atomic
 from mmfoundry.pipeline.config import ArtifactRef, Config, Neutral, StageConfig
 from mmfoundry.pipeline.distributed import barrier
@@ -147,8 +155,10 @@ def describe(config: FilterConfig, context: RunContext, pool: Pool, request: Req
         found.update(unreadable_counts(asked, shard))
         if found.total() > config.max_unreadable * total:
             counts = ", ".join(f"{count} x {reason}" for reason, count in found.most_common())
+            keys = unreadable_keys(asked, shard)
+            example = f"; for one, {keys[0]} in {pool.shards[shard].name}" if keys else ""
             raise TooManyUnreadable(
-                f"{config.pool}: {found.total()} of {total} samples cannot be read ({counts}); max_unreadable "
+                f"{config.pool}: {found.total()} of {total} samples cannot be read ({counts}{example}); max_unreadable "
                 f"allows {config.max_unreadable:.2%}: repair the pool or raise it"
             )
 
