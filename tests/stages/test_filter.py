@@ -276,7 +276,8 @@ def test_too_many_unreadable_stops_early_and_counts(tmp_path: Path, monkeypatch:
     write_shards(bad, tmp_path / "pool", max_count=10)
     real, read = tables.describe_shard, []
     monkeypatch.setattr(tables, "describe_shard", lambda r, n, s: (read.append(n), real(r, n, s)))
-    with pytest.raises(TooManyUnreadable, match=r"10 of 40 .*10 x damaged image; for one, 000011 in shard-00001.tar.*20\.00%"):
+    says = r"10 of 40 .*10 x damaged image; for one, 000011 in shard-00001\.tar.*20\.00%"
+    with pytest.raises(TooManyUnreadable, match=says):
         run(tmp_path / "pool", tmp_path / "out", max_unreadable=0.2)
     assert read == [0, 1]
 
