@@ -24,15 +24,15 @@ from mmfoundry.pipeline.distributed import world_in
 
 @dataclass(frozen=True)
 class AlignOutput:
-    """What `alignment_loss` reads.
+    """What `AlignmentLoss` reads.
 
     Attributes:
-        pooled_nD: mean of a tile's image tokens.
+        tokens_ntD: image tokens of each tile.
         target_n: number of its name.
         names_CD: mean input vector of each name.
     """
 
-    pooled_nD: Tensor  # noqa: N815  (shape suffix)
+    tokens_ntD: Tensor  # noqa: N815  (shape suffix)
     target_n: Tensor
     names_CD: Tensor  # noqa: N815
 
@@ -52,7 +52,7 @@ class Aligner(nn.Module):
     def forward(self, batch: Mapping[str, Any]) -> AlignOutput:
         """Image tokens of `tiles`, (n, 3, side, side) uint8, beside the names of `target`, (n,)."""
         tokens_ntD = self.vlm.image_tokens(batch["tiles"])
-        return AlignOutput(tokens_ntD.float().mean(1), batch["target"].long(), self.names_CD)
+        return AlignOutput(tokens_ntD.float(), batch["target"].long(), self.names_CD)
 
 
 @torch.no_grad()
@@ -70,16 +70,16 @@ def name_vectors(model: VisionLanguageModel, names: Sequence[Sequence[int]]) -> 
 
 @dataclass(frozen=True)
 class AlignmentLoss:
-    """Cross-entropy over all names by cosine, and the squared distance to the right one.
+    """Every token of a tile is to be its name's vector: cross-entropy over all names by cosine, and squared distance.
 
     Names are told apart by direction; the distance brings the tokens to the scale of words.
 
     Attributes:
         temperature: the cosines are divided by it.
-        distance_weight: of the squared distance, in units of the mean squared length of a name's vector.
+        distance_weight: of the squared distance, in units of the names' variance.
     """
 
-    temperature: float = 0.07
+    temperature: float = 0.05
     distance_weight: float = 1.0
 
     def __call__(
@@ -88,24 +88,27 @@ class AlignmentLoss:
         """Score the tokens, each tile of all ranks alike.
 
         Returns:
-            loss: () its mean over ranks is the joint loss. accuracy: () share of tiles whose own name scores highest.
-            distance: () squared distance, 1 for tokens that are all zero.
+            loss: () its mean over ranks is the joint loss. accuracy: () share of tiles whose own name scores highest,
+            taken over the tile's tokens. distance: () squared distance, 1 for tokens that are all the names' mean.
         """
-        names_CD, target_n = output.names_CD, output.target_n
+        names_CD, tokens_ntD, target_n = output.names_CD, output.tokens_ntD, output.target_n
+        tokens = tokens_ntD.shape[1]
         # What all names have in common tells none of them apart.
         centre_D = names_CD.mean(0)
-        directions_CD = F.normalize(names_CD - centre_D, dim=-1)
-        logits_nC = F.normalize(output.pooled_nD - centre_D, dim=-1) @ directions_CD.T / self.temperature
+        centred_CD = names_CD - centre_D
+        logits_ntC = F.normalize(tokens_ntD - centre_D, dim=-1) @ F.normalize(centred_CD, dim=-1).T / self.temperature
         total = torch.tensor(float(len(target_n)), device=target_n.device)
         if group is not None:
             dist.all_reduce(total, group=group)
         share = world_in(group) / total
-        gap = (output.pooled_nD - names_CD[target_n]).square().sum() / names_CD.square().sum(1).mean() * share
-        choice = F.cross_entropy(logits_nC, target_n, reduction="sum") * share
+        target_nt = target_n[:, None].expand(-1, tokens)
+        choice = F.cross_entropy(logits_ntC.flatten(0, 1), target_nt.flatten(), reduction="sum") / tokens * share
+        variance = centred_CD.square().sum(1).mean()
+        distance = (tokens_ntD - names_CD[target_nt]).square().sum() / tokens / variance * share
         return {
-            "loss": choice + self.distance_weight * gap,
-            "accuracy": (logits_nC.argmax(1) == target_n).sum() * share,
-            "distance": gap.detach(),
+            "loss": choice + self.distance_weight * distance,
+            "accuracy": (logits_ntC.sum(1).argmax(1) == target_n).sum() * share,
+            "distance": distance.detach(),
         }
 
     def weight(self, batch: Mapping[str, Any]) -> int:

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
-from transformers import AutoTokenizer, PreTrainedModel
+from transformers import AutoTokenizer, PreTrainedConfig, PreTrainedModel
 from transformers.initialization import no_init_weights
 
 from mmfoundry.models.clip import CLIP
@@ -48,7 +48,7 @@ def build_vlm(
         vision=clip.config.vision_cfg,
         quick_gelu=clip.config.quick_gelu,
         preprocess=clip.config.preprocess_cfg,
-        language_model=_plain_config(language.model.config.to_dict()),
+        language_model=_plain_config(language.model.config),
         patch_token_id=patch_id,
     )
     model = connected(config, language.model, seed)
@@ -65,8 +65,18 @@ def prepare_language_model(language: LanguageModel, settings: VlmSettings) -> in
     prepare_tokenizer(language.tokenizer, settings)
     patch_id: int = language.tokenizer.convert_tokens_to_ids(settings.image.patch_token)  # type: ignore[assignment]
     if patch_id >= len(language.model.get_input_embeddings().weight):  # type: ignore[arg-type]  # a tensor has a length
-        language.model.resize_token_embeddings(len(language.tokenizer))
+        _add_rows(language.model, len(language.tokenizer))
     return patch_id
+
+
+def _add_rows(model: PreTrainedModel, count: int) -> None:
+    """Widen the vocabulary to `count`; a new row is the mean of the old, so that it is never the likeliest word."""
+    old = model.get_input_embeddings().weight.shape[0]  # type: ignore[index]  # a tensor has a shape
+    model.resize_token_embeddings(count, mean_resizing=False)
+    with torch.no_grad():
+        for layer in (model.get_input_embeddings(), model.get_output_embeddings()):
+            weight: torch.Tensor = layer.weight  # type: ignore[assignment]
+            weight[old:] = weight[:old].mean(0)
 
 
 def connected(config: VlmConfig, language_model: PreTrainedModel, seed: int) -> VisionLanguageModel:
@@ -173,9 +183,10 @@ def tied_names(model: VisionLanguageModel) -> set[str]:
     return {"lm_head.weight"} if model.lm_head.weight is embedding else set()
 
 
-def _plain_config(config: dict[str, Any]) -> dict[str, Any]:
-    """A language model's config without what says where it came from."""
-    return {key: value for key, value in config.items() if key not in ("_name_or_path", "transformers_version")}
+def _plain_config(config: PreTrainedConfig) -> dict[str, Any]:
+    """A language model's config as JSON values, without what says where it came from."""
+    tree: dict[str, Any] = json.loads(config.to_json_string(use_diff=False))
+    return {key: value for key, value in tree.items() if key not in ("_name_or_path", "transformers_version")}
 
 
 def _read_config(folder: Path) -> tuple[dict[str, Any], VlmConfig]:

@@ -57,7 +57,7 @@ class AlignConfig(Config):
     )
     label: str = Field("concept", description="metadata field that names a picture")
     empty: str = Field("nothing", min_length=1, description="what an empty tile is called")
-    temperature: float = Field(0.07, gt=0, description="cosines to the names are divided by it")
+    temperature: float = Field(0.05, gt=0, description="cosines to the names are divided by it")
     distance_weight: float = Field(1.0, ge=0, description="of the squared distance to the right name, in the loss")
     trainer: TrainerConfig = Field(description="batch size (pictures), steps, optimizer, schedule, checkpoints")
 

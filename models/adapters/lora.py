@@ -99,7 +99,7 @@ def merge_lora(model: nn.Module) -> nn.Module:
 
 def lora_state(model: nn.Module) -> dict[str, Tensor]:
     """The adapters' weights, named as in peft's files."""
-    state = get_peft_model_state_dict(model, adapter_name=ADAPTER)
+    state = get_peft_model_state_dict(model, adapter_name=ADAPTER, save_embedding_layers=False)
     return {f"{_WRAPPER}{name}": value.detach().cpu().contiguous() for name, value in state.items()}
 
 

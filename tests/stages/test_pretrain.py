@@ -3,8 +3,11 @@
 import io
 import json
 import os
+import signal
 import subprocess
 import sys
+import threading
+import time
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +16,7 @@ import pytest
 import torch
 import yaml
 from PIL import Image
+from torch.distributed import ProcessGroup
 
 from mmfoundry.data.sample import Sample
 from mmfoundry.data.shards import write_shards
@@ -24,6 +28,7 @@ from mmfoundry.pipeline.errors import ConfigError
 from mmfoundry.pipeline.metrics import read_metrics
 from mmfoundry.pipeline.stage import run_stage
 from mmfoundry.stages.pretrain import STAGE, AugmentationConfig, PairEncoder, PretrainConfig, collate
+from tests.ranks import run_ranks
 
 ROOT = Path(__file__).parents[2]
 COLOURS = {"red": (220, 30, 30), "green": (30, 200, 30), "blue": (30, 30, 220), "white": (250, 250, 250)}
@@ -98,6 +103,31 @@ def test_learns_and_leaves_a_whole_artifact(shards: Path, tmp_path: Path) -> Non
     assert again.manifest.created == artifact.manifest.created
 
 
+def test_cut_off_and_started_again_it_ends_alike(shards: Path, tmp_path: Path) -> None:
+    config = parse(PretrainConfig, tree(shards))
+    whole = run_stage(STAGE, config, tmp_path / "whole", init_runtime())
+    stopped = threading.Event()
+
+    def stop_in_the_middle() -> None:
+        log = tmp_path / "cut.work" / "metrics.jsonl"
+        while not stopped.is_set() and not (log.exists() and len(log.read_text().splitlines()) > 5):
+            time.sleep(0.002)
+        os.kill(os.getpid(), signal.SIGTERM)
+
+    watcher = threading.Thread(target=stop_in_the_middle)
+    watcher.start()
+    try:
+        with pytest.raises(SystemExit, match="85"):
+            run_stage(STAGE, config, tmp_path / "cut", init_runtime())
+    finally:
+        stopped.set()
+        watcher.join()
+    assert 5 < len(losses(tmp_path / "cut.work")) < 30
+    resumed = run_stage(STAGE, config, tmp_path / "cut", init_runtime())
+    assert losses(resumed.path) == losses(whole.path)
+    assert (resumed.path / "model.safetensors").read_bytes() == (whole.path / "model.safetensors").read_bytes()
+
+
 def test_goes_on_from_a_trained_model(shards: Path, tmp_path: Path) -> None:
     trainer = tree(shards)["trainer"] | {"max_steps": 2}
     first = run_stage(STAGE, parse(PretrainConfig, tree(shards, trainer=trainer)), tmp_path / "a", init_runtime())
@@ -155,6 +185,25 @@ def test_pairs_are_functions_of_their_generator(shards: Path) -> None:
     assert batch["image"].dtype == torch.uint8
     assert batch["text"].shape[1] <= 5
     assert batch["__key__"] == ["key", "key"]
+
+
+def train_here(group: ProcessGroup | None, output: str, config: dict[str, Any]) -> list[float]:
+    return losses(run_stage(STAGE, parse(PretrainConfig, config), output, init_runtime()).path)
+
+
+def test_ranks_and_zero_stages_give_the_joint_losses(shards: Path, tmp_path: Path) -> None:
+    trainer = tree(shards)["trainer"] | {"max_steps": 4}
+    model = tree(shards)["model"] | {"init_logit_bias": -10.0}
+    changes = {"trainer": trainer, "model": model, "objectives": {"info_nce": 1.0, "siglip": 0.5}}
+    expected = train_here(None, str(tmp_path / "one"), tree(shards, **changes))
+    for stage in (0, 1, 2, 3):
+        changes["trainer"] = trainer | {"zero_optimization": {"stage": stage}}
+        for found in run_ranks(train_here, 2, str(tmp_path / f"two-{stage}"), tree(shards, **changes)):
+            assert found == pytest.approx(expected, rel=1e-5)
+    one, two = (load_clip(tmp_path / name).state_dict() for name in ("one", "two-3"))
+    for name, value in one.items():
+        # Adam turns what rounding leaves of a gradient near zero into a step of up to the learning rate
+        torch.testing.assert_close(two[name], value, rtol=1e-3, atol=3e-4)
 
 
 def test_two_ranks_and_one_process_give_the_same_losses(shards: Path, tmp_path: Path) -> None:
