@@ -15,7 +15,7 @@ from mmfoundry.evals.task import EVAL_TASKS, Bench, EvalTask, Row, Selection, Ta
 from mmfoundry.pipeline.errors import ConfigError
 
 # What the sweep tries; features have unit length, so strengths much above 1e-1 forbid any fit at all.
-L2_SWEEP = tuple(10.0**exponent for exponent in range(-7, 0))
+L2_SWEEP = tuple(10.0**exponent for exponent in range(-6, 0))
 VALIDATION_FRACTION = 0.2
 MAX_ITERATIONS = 200
 
