@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import logging
 import os
+import warnings
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from datetime import timedelta
@@ -16,6 +17,11 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 from torch.distributed import HashStore, ProcessGroup  # type: ignore[attr-defined]
+
+# torch 2.13 gave these two new names; DeepSpeed calls them by the old ones at every step.
+_all_gather = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
+_reduce_scatter = getattr(dist, "reduce_scatter_single", None) or dist.reduce_scatter_tensor
+_RENAMED = r"`torch.distributed.(all_gather_into_tensor|reduce_scatter_tensor)` is deprecated"
 
 # A rank that waits this long for another has lost it. Generous: rank 0 may index shards while the others wait.
 COLLECTIVE_TIMEOUT = timedelta(minutes=30)
@@ -88,6 +94,7 @@ def _init_deepspeed(on_cpu: bool) -> None:
     from deepspeed.utils import logger
 
     logger.setLevel(logging.WARNING)
+    warnings.filterwarnings("ignore", message=_RENAMED)
     if comm.is_initialized():
         return
     if on_cpu:
@@ -107,6 +114,11 @@ def world_in(group: ProcessGroup | None) -> int:
     return 1 if group is None else dist.get_world_size(group)
 
 
+def all_gather_into(gathered: Tensor, mine: Tensor, group: ProcessGroup) -> None:
+    """Fill `gathered` (world * n, ...) with every rank's `mine` (n, ...), contiguous, in rank order; no gradient."""
+    _all_gather(gathered, mine, group=group)
+
+
 class _AllGatherRows(torch.autograd.Function):
     """Concatenate every rank's rows; the gradient of a row is the sum of what all ranks ask of it."""
 
@@ -114,14 +126,14 @@ class _AllGatherRows(torch.autograd.Function):
     def forward(ctx: torch.autograd.function.FunctionCtx, rows: Tensor, group: ProcessGroup) -> Tensor:
         ctx.group = group  # type: ignore[attr-defined]
         gathered = rows.new_empty((dist.get_world_size(group) * len(rows), *rows.shape[1:]))
-        dist.all_gather_into_tensor(gathered, rows.contiguous(), group=group)
+        all_gather_into(gathered, rows.contiguous(), group)
         return gathered
 
     @staticmethod
     def backward(ctx: torch.autograd.function.FunctionCtx, grad: Tensor) -> tuple[Tensor, None]:  # type: ignore[override]
         group = ctx.group  # type: ignore[attr-defined]
         mine = grad.new_empty((len(grad) // dist.get_world_size(group), *grad.shape[1:]))
-        dist.reduce_scatter_tensor(mine, grad.contiguous(), group=group)
+        _reduce_scatter(mine, grad.contiguous(), group=group)
         return mine, None
 
 

@@ -33,7 +33,10 @@ class ZeroConfig(Config):
     """What the ranks share out among each other (Rajbhandari et al. 2020, arXiv 1910.02054)."""
 
     stage: int = Field(
-        0, ge=0, le=3, description="0 nothing, 1 optimizer states, 2 gradients as well, 3 parameters as well"
+        0,
+        ge=0,
+        le=3,
+        description="0 nothing, 1 optimizer states, 2 gradients as well, 3 parameters as well; one process runs 0",
     )
 
 
@@ -70,6 +73,11 @@ class EngineConfig(Config):
         return self.micro_batches(world_size)[0] * world_size
 
 
+def zero_stage(config: EngineConfig, world_size: int) -> int:
+    """The ZeRO stage that is run: one process has nobody to share with, and stage 1 would halve its speed."""
+    return config.zero_optimization.stage if world_size > 1 else 0
+
+
 def deepspeed_config(config: EngineConfig, world_size: int, numel: int, on_gpu: bool) -> dict[str, Any]:
     """DeepSpeed's settings in full: whatever changed its default between releases is written out.
 
@@ -80,7 +88,7 @@ def deepspeed_config(config: EngineConfig, world_size: int, numel: int, on_gpu: 
         on_gpu: whether collectives can overlap with the backward pass.
     """
     micro, accumulation = config.micro_batches(world_size)
-    stage = config.zero_optimization.stage
+    stage = zero_stage(config, world_size)
     bucket = min(-(-numel // 16) * 16, 200_000_000)  # numbers; DeepSpeed wants them even
     return {
         "train_batch_size": config.train_batch_size,
@@ -93,7 +101,8 @@ def deepspeed_config(config: EngineConfig, world_size: int, numel: int, on_gpu: 
         "zero_allow_untested_optimizer": True,
         "zero_optimization": {
             "stage": stage,
-            "contiguous_gradients": True,
+            # Else each gradient is copied once more; on GPU that spares memory from being cut up.
+            "contiguous_gradients": on_gpu or stage >= 2,
             "overlap_comm": on_gpu and stage >= 2,
             "reduce_scatter": True,
             "round_robin_gradients": False,
@@ -141,7 +150,7 @@ class Engine:
         deepspeed: the engine underneath.
         base_optimizer: the torch optimizer that DeepSpeed drives.
         trainable: the parameters that it updates.
-        stage: the ZeRO stage.
+        stage: the ZeRO stage that is run.
         loss_scale: what the loss is multiplied with before the backward pass; 1 except in fp16.
     """
 
@@ -155,7 +164,7 @@ class Engine:
         runtime: Runtime,
     ) -> None:
         self.model = model
-        self.stage = config.zero_optimization.stage
+        self.stage = zero_stage(config, runtime.world_size)
         self.rank, self.world_size = runtime.rank, runtime.world_size
         self._config = config
         self.trainable = [p for group in groups for p in group["params"]]

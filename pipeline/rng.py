@@ -7,11 +7,10 @@ import random
 
 import numpy as np
 import torch
-import torch.distributed as dist
 from safetensors.torch import load, save
 from torch import Tensor
 
-from mmfoundry.pipeline.distributed import Runtime
+from mmfoundry.pipeline.distributed import Runtime, all_gather_into
 
 
 def rng_state(device: torch.device) -> dict[str, Tensor]:
@@ -50,7 +49,7 @@ def gather_rng(runtime: Runtime) -> list[bytes]:
         return [mine]
     sent = torch.frombuffer(bytearray(mine), dtype=torch.uint8).to(runtime.device)
     received = sent.new_empty(runtime.world_size * len(sent))
-    dist.all_gather_into_tensor(received, sent, group=runtime.group)
+    all_gather_into(received, sent, runtime.group)
     return [bytes(part.cpu().numpy()) for part in received.chunk(runtime.world_size)]
 
 

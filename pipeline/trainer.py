@@ -15,7 +15,7 @@ import signal
 import threading
 import time
 from collections import deque
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Generator, Iterator, Mapping
 from dataclasses import asdict, dataclass
 from types import FrameType
 from typing import Annotated, Any, Protocol
@@ -181,18 +181,27 @@ class _Training:
         return self._result()
 
     def _fit(self, found: checkpoint.Checkpoint | None, param_groups: list[ParamGroup] | None) -> None:
-        config, progress = self.config, self.progress
+        config, runtime = self.config, self.runtime
         groups = param_groups or decay_groups(self.model.named_parameters(), config.optimizer.weight_decay)
         optimizer = OPTIMIZERS[config.optimizer.type]
         self.engine = Engine(
-            config, self.model, self.objective, lambda groups: optimizer(groups, config.optimizer), groups, self.runtime
+            config, self.model, self.objective, lambda groups: optimizer(groups, config.optimizer), groups, runtime
         )
         if found is not None:
             found.load_optimizer(self.engine)
         batches = iter(self.loader)
         if found is not None:  # last: what is built above may have drawn numbers
-            found.restore_rng(self.runtime, self.context.config.seed)
+            found.restore_rng(runtime, self.context.config.seed)
         self.model.train()
+        try:
+            self._loop(batches)
+        finally:
+            if isinstance(batches, Generator):
+                batches.close()  # ends the loader's threads now, not when the collector finds them
+        self.engine.close()
+
+    def _loop(self, batches: Iterator[Batch]) -> None:
+        config, progress = self.config, self.progress
         bar = self.context.progress(config.max_steps, self.phase, "steps")
         with _Preemption() as preemption, bar as shown:
             shown.advance(progress.step)
@@ -210,11 +219,10 @@ class _Training:
                 shown.advance(note=f"loss {joint['loss']:.4f}")
                 if stop:
                     self.context.log.say(
-                        f"{self.phase}: told to stop; saved at step {progress.step}, start again to go on"
+                        f"{self.phase}: told to stop; saved at step {progress.step}, run again to go on"
                     )
                     self.context.log.close()
                     raise SystemExit(PREEMPTED_EXIT_CODE)
-        self.engine.close()
 
     def _fetch(self, batches: Iterator[Batch]) -> list[Batch]:
         """The step's micro-batches, still on the host."""
