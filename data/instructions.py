@@ -72,20 +72,21 @@ class InstructionEncoder:
         """
         tiles = self.cut_tiles(sample.image)
         conversations = self._conversations(sample, rng)
-        common: list[int] = []
+        common: tuple[list[int], list[int]] = ([], [])
         branches: list[tuple[list[int], list[int]]] = []
         used = 0
         for turns in conversations:
             ids, labels = self.conversation(turns, len(tiles))
             cut = len(ids) - ids[::-1].index(self.patch_id)
-            common = ids[:cut]
-            length = len(ids) - cut
-            if branches and len(common) + used + length > self.max_tokens:
+            common = (ids[:cut], labels[:cut])
+            # What comes after the last answer teaches nothing
+            length = max((place + 1 for place, label in enumerate(labels) if label != IGNORED), default=cut) - cut
+            if branches and len(common[0]) + used + length > self.max_tokens:
                 continue
-            room = self.max_tokens - len(common) - used
-            branches.append((ids[cut:][:room], labels[cut:][:room]))
-            used += min(length, room)
-        if all(label == IGNORED for _, labels in branches for label in labels):
+            end = cut + min(length, self.max_tokens - len(common[0]) - used)
+            branches.append((ids[cut:end], labels[cut:end]))
+            used += end - cut
+        if all(label == IGNORED for _, labels in [common, *branches] for label in labels):
             raise UnreadableSample("no answer to learn", f"within {self.max_tokens} tokens")
         return {"__key__": sample.key, "tiles": tiles, **_pack(common, branches)}
 
@@ -173,15 +174,16 @@ def _padded(values: Tensor, length: int, value: int) -> Tensor:
     return torch.nn.functional.pad(values, (0, length - len(values)), value=value)
 
 
-def _pack(common: list[int], branches: Sequence[tuple[list[int], list[int]]]) -> dict[str, Tensor]:
+def _pack(common: tuple[list[int], list[int]], branches: Sequence[tuple[list[int], list[int]]]) -> dict[str, Tensor]:
     """One sequence: what is common, then the branches one after the other, each counted on from the common part."""
-    ids, labels = list(common), [IGNORED] * len(common)
-    numbers, positions = [0] * len(common), list(range(len(common)))
+    start = len(common[0])
+    ids, labels = list(common[0]), list(common[1])
+    numbers, positions = [0] * start, list(range(start))
     for number, (branch, branch_labels) in enumerate(branches, start=1):
         ids += branch
         labels += branch_labels
         numbers += [number] * len(branch)
-        positions += range(len(common), len(common) + len(branch))
+        positions += range(start, start + len(branch))
     parts = {"input_ids": ids, "labels": labels, "branches": numbers, "position_ids": positions}
     return {name: torch.tensor(values, dtype=torch.int64) for name, values in parts.items()}
 

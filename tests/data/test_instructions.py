@@ -113,6 +113,17 @@ def test_a_conversation_is_one_branch() -> None:
     assert "<image>" not in text_of(row["input_ids"])
 
 
+def test_answers_before_the_picture_are_learnt_too() -> None:
+    turns = [
+        {"role": "user", "content": "Where is the dog?"},
+        {"role": "assistant", "content": "top left"},
+        {"role": "user", "content": "<image>Is there a dog?"},
+        {"role": "assistant", "content": "yes"},
+    ]
+    row = encoder()(sample(meta={}, messages=turns), RNG(0))
+    assert text_of(row["labels"][row["labels"] != IGNORED]) == "top left<|im_end|>yes<|im_end|>"
+
+
 def test_too_long() -> None:
     whole = encoder()(sample(), RNG(0))
     limit = len(whole["input_ids"]) - 1
@@ -120,7 +131,7 @@ def test_too_long() -> None:
     assert int(shorter["branches"].max()) == 2
     assert len(shorter["input_ids"]) <= limit
     with pytest.raises(UnreadableSample, match="no answer to learn"):
-        encoder(max_tokens=30)(sample(), RNG(0))
+        encoder(max_tokens=len(TEXT.prompt("", 5)[0]) + 2)(sample(), RNG(0))
 
 
 @pytest.mark.parametrize(
