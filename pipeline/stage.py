@@ -45,13 +45,15 @@ LOCK_WAIT_S = 20.0
 class Stage:
     """A stage: what it is called, what it reads, what it does, and one line for people.
 
-    `run(config, context)` does the work and ends with `return context.finish(metrics)`.
+    `run(config, context)` does the work and ends with `return context.finish(metrics)`. `deliver(config, artifact)`, if
+    there is one, is called on the main rank with the finished artifact, also where that was found done.
     """
 
     name: str
     config_type: type[StageConfig]
     run: Callable[[Any, RunContext], Artifact]
     summary: str
+    deliver: Callable[[Any, Artifact], None] | None = None
 
 
 @dataclass(frozen=True)
@@ -188,18 +190,26 @@ def run_stage(stage: Stage, config: StageConfig, output: str | Path, runtime: Ru
             _prepare(stage, config, output, records)
         barrier(runtime.group)
         if (output / MANIFEST).is_file():  # left in place by `_prepare`: it holds
-            return Artifact.open(output)
-        seed_everything(config.seed)
-        context = RunContext(stage, output, work_folder(output), runtime, config, inputs, records)
-        try:
-            return stage.run(config, context)
-        except Exception as error:
-            if not disk_full(error):
-                raise
-            raise NotEnoughSpace(
-                f"{stage.name}: no space left on the disk of {context.work}; what was finished is kept: "
-                "free some and run again"
-            ) from error
+            artifact = Artifact.open(output)
+        else:
+            seed_everything(config.seed)
+            context = RunContext(stage, output, work_folder(output), runtime, config, inputs, records)
+            artifact = _run(stage, context)
+    if stage.deliver is not None and runtime.is_main:
+        stage.deliver(config, artifact)
+    return artifact
+
+
+def _run(stage: Stage, context: RunContext) -> Artifact:
+    try:
+        return stage.run(context.config, context)
+    except Exception as error:
+        if not disk_full(error):
+            raise
+        raise NotEnoughSpace(
+            f"{stage.name}: no space left on the disk of {context.work}; what was finished is kept: "
+            "free some and run again"
+        ) from error
 
 
 def work_folder(output: Path) -> Path:

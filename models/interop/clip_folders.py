@@ -1,0 +1,124 @@
+"""Our CLIPs as folders that open_clip and transformers load with none of our code: weights, config, preprocessing."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from safetensors.torch import save_file
+
+from mmfoundry.models.clip import CLIP, ClipConfig
+from mmfoundry.models.interop.load import OPEN_CLIP_CONFIG, OPEN_CLIP_WEIGHTS
+from mmfoundry.models.interop.open_clip import to_open_clip_config, to_open_clip_state
+from mmfoundry.models.interop.transformers_clip import to_transformers_config, to_transformers_state
+from mmfoundry.pipeline.artifact import write_atomic
+from mmfoundry.pipeline.errors import ConfigError
+from mmfoundry.pipeline.torchvision_ops import declare_missing_ops
+
+if TYPE_CHECKING:
+    from transformers import CLIPModel, CLIPProcessor, CLIPTokenizer
+
+VOCABULARY = 49_408  # ids of CLIP's byte-pair encoding
+START, END = "<|startoftext|>", "<|endoftext|>"  # as transformers writes the last two of them
+
+
+def save_for_open_clip(model: CLIP, folder: str | Path) -> None:
+    """Write a folder for open_clip's `local-dir:` and `hf-hub:`. Its tokenizer is part of open_clip itself.
+
+    Args:
+        model: what to write; its dtype is kept.
+        folder: made if it is not there.
+
+    Raises:
+        ConfigError: the vocabulary is not CLIP's, so open_clip would give the model other ids.
+    """
+    check_vocabulary(model.config)
+    folder = Path(folder)
+    folder.mkdir(parents=True, exist_ok=True)
+    record = to_open_clip_config(model.config)
+    record["preprocess_cfg"] |= {"interpolation": "bicubic", "resize_mode": "shortest"}
+    tensors = {name: value.cpu().contiguous() for name, value in to_open_clip_state(model).items()}
+    save_file(tensors, folder / OPEN_CLIP_WEIGHTS, metadata={"format": "pt"})
+    write_atomic(folder / OPEN_CLIP_CONFIG, json.dumps(record, indent=2) + "\n")
+
+
+def save_for_transformers(model: CLIP, folder: str | Path) -> None:
+    """Write a folder that `CLIPModel` and `CLIPProcessor` (and the `Auto` classes) load.
+
+    Args:
+        model: what to write; its dtype is kept.
+        folder: made if it is not there.
+
+    Raises:
+        ConfigError: the vocabulary is not CLIP's, or the model has a logit bias, which `CLIPModel` cannot hold.
+    """
+    check_vocabulary(model.config)
+    to_clip_model(model).save_pretrained(folder)
+    to_clip_processor(model.config).save_pretrained(folder)
+
+
+def to_clip_model(model: CLIP) -> CLIPModel:
+    """The same model as transformers' class, which shares no weights with it; in evaluation mode.
+
+    Raises:
+        ConfigError: it has a logit bias, which `CLIPModel` cannot hold.
+    """
+    from transformers import CLIPConfig, CLIPModel
+    from transformers.initialization import no_init_weights
+
+    config = CLIPConfig(**to_transformers_config(model.config))
+    with no_init_weights():
+        theirs: Any = CLIPModel(config)
+    theirs.to(model.visual_projection.weight.dtype)
+    theirs.load_state_dict(to_transformers_state(model))
+    return theirs.eval()
+
+
+def to_clip_processor(config: ClipConfig) -> CLIPProcessor:
+    """Pictures and texts to what the released `CLIPModel` reads.
+
+    With `backend="pil"` its pixels are those of open_clip and of our evaluations, but for one column or row where the
+    margin that is cut off is odd; by default, torchvision's bicubic filter rounds about one value in 300 differently.
+    """
+    declare_missing_ops()  # the image processor imports torchvision
+    from transformers import CLIPImageProcessor, CLIPProcessor
+
+    side = config.vision_cfg.image_size
+    images = CLIPImageProcessor(
+        size={"shortest_edge": side},
+        crop_size={"height": side, "width": side},
+        image_mean=list(config.preprocess_cfg.mean),
+        image_std=list(config.preprocess_cfg.std),
+    )
+    return CLIPProcessor(images, to_clip_tokenizer(config.text_cfg.context_length))
+
+
+def to_clip_tokenizer(context_length: int) -> CLIPTokenizer:
+    """CLIP's byte-pair encoding as transformers' tokenizer, from the vocabulary that open_clip carries.
+
+    The same ids as open_clip's for text that needs no mending: it does not repair broken encodings, curly quotes or
+    HTML entities, as open_clip does (with ftfy).
+    """
+    declare_missing_ops()  # open_clip imports torchvision
+    from open_clip.tokenizer import SimpleTokenizer
+    from transformers import CLIPTokenizer
+
+    source: Any = SimpleTokenizer()
+    names = {source.sot_token_id: START, source.eot_token_id: END}
+    vocabulary = {names.get(number, piece): number for piece, number in source.encoder.items()}
+    merges: Any = list(source.bpe_ranks)
+    return CLIPTokenizer(vocab=vocabulary, merges=merges, model_max_length=context_length)
+
+
+def check_vocabulary(config: ClipConfig) -> None:
+    """Refuse a model whose captions are not split by CLIP's byte-pair encoding.
+
+    Raises:
+        ConfigError: it has another number of ids.
+    """
+    if config.text_cfg.vocab_size != VOCABULARY:
+        raise ConfigError(
+            f"text_cfg.vocab_size is {config.text_cfg.vocab_size}: only models with CLIP's own tokenizer "
+            f"({VOCABULARY} ids) can be released"
+        )
