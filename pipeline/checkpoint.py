@@ -31,7 +31,7 @@ from mmfoundry.pipeline.engine import Engine
 from mmfoundry.pipeline.errors import DamagedInput, MmfoundryError, NotEnoughSpace
 from mmfoundry.pipeline.rng import gather_rng, reseed, restore_rng
 from mmfoundry.pipeline.stage import disk_full
-from mmfoundry.pipeline.tensor_file import Spec, TensorFile, file_order
+from mmfoundry.pipeline.tensor_file import Spec, TensorFile, file_order, numel_bytes
 
 FORMAT = 1
 MODEL, OPTIMIZER, STATE = "model.safetensors", "optimizer.safetensors", "state.json"
@@ -97,8 +97,9 @@ def save(folder: Path, engine: Engine, state: dict[str, Any], keep: int, runtime
     writer = _Attempt(runtime.is_main)
     writer.do(lambda: _make_empty(aside))
     keys = optimizer_state.state_keys(engine)
-    _write(writer, aside / MODEL, _model_specs(engine), partial(_model_tensors, engine))
-    _write(writer, aside / OPTIMIZER, _optimizer_specs(engine, keys), partial(_optimizer_tensors, engine))
+    model_specs, optimizer_specs = _model_specs(engine), _optimizer_specs(engine, keys)
+    _write(writer, aside / MODEL, model_specs, partial(_model_tensors, engine))
+    _write(writer, aside / OPTIMIZER, optimizer_specs, partial(_optimizer_tensors, engine))
     full_state = state | {
         "format": FORMAT,
         "world_size": runtime.world_size,
@@ -113,7 +114,7 @@ def save(folder: Path, engine: Engine, state: dict[str, Any], keep: int, runtime
     if failed:
         if runtime.is_main:
             shutil.rmtree(aside, ignore_errors=True)
-        raise _as_user_error(writer.failure, folder)
+        raise _as_user_error(writer.failure, folder, numel_bytes(model_specs) + numel_bytes(optimizer_specs))
     return final
 
 
@@ -176,14 +177,14 @@ def _write(
             file.abandon()
 
 
-def _as_user_error(failure: OSError | NotEnoughSpace | None, folder: Path) -> Exception:
+def _as_user_error(failure: OSError | NotEnoughSpace | None, folder: Path, needed_bytes: int) -> Exception:
     if failure is None:
         return MmfoundryError(f"rank 0 could not write a checkpoint to {folder}; see its error")
     if disk_full(failure):
-        free = shutil.disk_usage(folder).free
+        free_bytes = shutil.disk_usage(folder).free  # with what was written of this one gone again
         return NotEnoughSpace(
-            f"no space left for a checkpoint in {folder} ({free / 1e6:.0f} MB free); the previous one is untouched: "
-            "free some and run again"
+            f"no space left for a checkpoint in {folder}: it takes {needed_bytes / 1e6:.1f} MB, {free_bytes / 1e6:.1f} "
+            "MB are free; the previous one is untouched: free some and run again"
         )
     return failure
 

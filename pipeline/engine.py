@@ -175,10 +175,11 @@ class Engine:
         settings = deepspeed_config(config, runtime.world_size, numel, on_gpu)
         module = _ModelWithLoss(model, objective, runtime, config.precision)
         self._parameters_before = {parameter: set(vars(parameter)) for parameter in model.parameters()}
-        self._environment = contextlib.ExitStack()
-        self._environment.enter_context(_local_rank(runtime.local_rank))
         self.base_optimizer = optimizer(groups)
-        self.deepspeed = _initialize(module, self.base_optimizer, settings, runtime)
+        with contextlib.ExitStack() as environment:
+            environment.enter_context(_local_rank(runtime.local_rank))
+            self.deepspeed = _initialize(module, self.base_optimizer, settings, runtime)
+            self._environment = environment.pop_all()
         for group in self.deepspeed.optimizer.param_groups:
             group["peak_lr"] = group["lr"] * group.get("lr_scale", 1.0)
         if runtime.world_size == 1 and self.stage == 0:
@@ -270,6 +271,10 @@ class Engine:
             for name in vars(parameter).keys() - names:  # a later engine would take them for its own
                 delattr(parameter, name)
             parameter.data = whole
+        self._environment.close()
+
+    def abandon(self) -> None:
+        """After an error: let go without asking the other ranks for anything; the model is left as it is."""
         self._environment.close()
 
 

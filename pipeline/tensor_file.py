@@ -38,6 +38,11 @@ def file_order(specs: Mapping[str, Spec]) -> list[str]:
     return sorted(specs, key=lambda name: (-specs[name][0].itemsize, name))
 
 
+def numel_bytes(specs: Mapping[str, Spec]) -> int:
+    """What the tensors take, without the header."""
+    return sum(dtype.itemsize * torch.Size(shape).numel() for dtype, shape in specs.values())
+
+
 class TensorFile:
     """A safetensors file being written; end with `close` or `abandon`.
 

@@ -16,6 +16,7 @@ import threading
 import time
 from collections import deque
 from collections.abc import Callable, Generator, Iterator, Mapping
+from contextlib import ExitStack
 from dataclasses import asdict, dataclass
 from types import FrameType
 from typing import Annotated, Any, Protocol
@@ -187,17 +188,18 @@ class _Training:
         self.engine = Engine(
             config, self.model, self.objective, lambda groups: optimizer(groups, config.optimizer), groups, runtime
         )
-        if found is not None:
-            found.load_optimizer(self.engine)
-        batches = iter(self.loader)
-        if found is not None:  # last: what is built above may have drawn numbers
-            found.restore_rng(runtime, self.context.config.seed)
-        self.model.train()
-        try:
-            self._loop(batches)
-        finally:
+        with ExitStack() as on_error, ExitStack() as at_end:
+            on_error.callback(self.engine.abandon)
+            if found is not None:
+                found.load_optimizer(self.engine)
+            batches = iter(self.loader)
             if isinstance(batches, Generator):
-                batches.close()  # ends the loader's threads now, not when the collector finds them
+                at_end.callback(batches.close)  # ends the loader's threads now, not when the collector finds them
+            if found is not None:  # last: what is built above may have drawn numbers
+                found.restore_rng(runtime, self.context.config.seed)
+            self.model.train()
+            self._loop(batches)
+            on_error.pop_all()
         self.engine.close()
 
     def _loop(self, batches: Iterator[Batch]) -> None:

@@ -135,6 +135,37 @@ def test_loss_that_is_not_finite_stops_every_rank(world: int, tmp_path: Path) ->
     assert [path.name for path in (work / "checkpoints" / "train").iterdir()] == ["step-000003"]
 
 
+def test_gradient_that_is_not_finite_stops_before_the_update(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def root_at_zero(loss: TokenLoss, output: Tensor, batch: Any, group: Any = None) -> dict[str, Tensor]:
+        return {"loss": (output * 0).square().sum().sqrt()}
+
+    monkeypatch.setattr(TokenLoss, "__call__", root_at_zero)
+    error = train_tiny(None, str(tmp_path / "out"), {"trainer": trainer_config()})
+    assert "train step 1: the gradient is nan on rank(s) 0 with the samples row-0, row-1" in error
+    assert error.count("row-") == 8
+    assert "and 4 more" in error
+    assert not (tmp_path / "out.work" / "checkpoints").exists()
+
+
+def test_the_log_has_every_step_and_evaluations(joint: Run, tmp_path: Path) -> None:
+    config = {"trainer": trainer_config(eval_steps=4, logging_steps=3)}
+    assert_identical_run(train_tiny(None, str(tmp_path / "out"), config), joint)  # evaluating changes nothing
+    lines = [json.loads(line) for line in (tmp_path / "out" / "metrics.jsonl").read_text().splitlines()]
+    steps = [line for line in lines if "loss" in line]
+    assert [line["step"] for line in steps] == list(range(1, 9))
+    assert all({"lr", "grad_norm", "tokens_seen"} <= line.keys() for line in steps)
+    assert [line["lr"] for line in steps[:3]] == pytest.approx([0.025, 0.05, 0.05])  # two steps of warm-up
+    timed = [line["step"] for line in steps if {"samples_per_second", "data_wait_share"} <= line.keys()]
+    assert timed == [3, 6, 8]
+    evaluations = [
+        (line["step"], line["eval/step_squared"], line["eval/training"]) for line in lines if line not in steps
+    ]
+    assert evaluations == [(4, 16, 0), (8, 64, 0)]
+    metrics = json.loads((tmp_path / "out" / "manifest.json").read_text())["metrics"]
+    assert metrics["loss"] == joint[0][-1] == metrics["mean_loss"]  # a twentieth of eight steps is one
+    assert (metrics["steps"], metrics["samples"]) == (8, 96)
+
+
 def test_full_disk_leaves_the_previous_checkpoint(
     with_dropout: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

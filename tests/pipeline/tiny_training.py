@@ -131,7 +131,13 @@ def run(config: TinyConfig, context: RunContext) -> Artifact:
         return {}
 
     result = train(
-        config.trainer, model=model, objective=TokenLoss(), loader=loader, context=context, metrics=after_step
+        config.trainer,
+        model=model,
+        objective=TokenLoss(),
+        loader=loader,
+        context=context,
+        metrics=after_step,
+        evaluate=lambda step: {"step_squared": step**2, "training": model.training + torch.is_grad_enabled()},
     )
     if runtime.is_main:
         torch.save(model.state_dict(), context.work / "model.pt")
@@ -177,4 +183,5 @@ def train_tiny(
     except MmfoundryError as error:
         return str(error)
     weights = torch.load(artifact.path / "model.pt", weights_only=True)
-    return [line["loss"] for line in read_metrics(artifact.path / "metrics.jsonl")], weights
+    lines = list(read_metrics(artifact.path / "metrics.jsonl"))
+    return [line["loss"] for line in lines if "loss" in line], weights
