@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.util
 import json
 import sys
 from collections.abc import Callable
@@ -114,8 +113,6 @@ def run(
 
 
 def _build_report(run_folder: Path) -> None:
-    if importlib.util.find_spec("mmfoundry.launch.report") is None:
-        return
     from mmfoundry.launch.report import build_report
 
     build_report(run_folder)
@@ -124,22 +121,26 @@ def _build_report(run_folder: Path) -> None:
 def _verb(stage: str) -> Callable[..., None]:
     """The command of one stage."""
 
-    def command(
+    def plain(
         config: StageSource,
         overrides: Overrides = None,
         dry_run: DryRun = False,
     ) -> None:
-        from mmfoundry.launch import verbs
-        from mmfoundry.launch.catalog import Stages
+        _run_verb(stage, config, overrides or [], dry_run)
 
-        job = verbs.prepare(Stages(), stage, config, overrides or [])
-        if dry_run:
-            print(verbs.describe(job))
-            return
-        from mmfoundry.pipeline.distributed import init_runtime
+    def pushing(
+        config: StageSource,
+        overrides: Overrides = None,
+        push: Annotated[
+            str | None,
+            typer.Option(metavar="ORG", help="Upload the folders to this organisation or user of the hub."),
+        ] = None,
+        dry_run: DryRun = False,
+    ) -> None:
+        target = [] if push is None else [f"push={json.dumps(push)}"]
+        _run_verb(stage, config, [*(overrides or []), *target], dry_run)
 
-        print(verbs.outcome(verbs.execute(job, init_runtime())))
-
+    command: Callable[..., None] = pushing if stage == "release" else plain
     command.__doc__ = f"""{OUR_STAGES[stage]}
 
     CONFIG is this stage's own config, or a recipe: then the recipe's entry is used and `${{entry}}` means the artifact
@@ -149,6 +150,19 @@ def _verb(stage: str) -> Callable[..., None]:
     Example: `mmfoundry {stage} configs/demo.yaml {EXAMPLES[stage]}output=runs/try/{stage}`
     """
     return command
+
+
+def _run_verb(stage: str, config: Path, overrides: list[str], dry_run: bool) -> None:
+    from mmfoundry.launch import verbs
+    from mmfoundry.launch.catalog import Stages
+
+    job = verbs.prepare(Stages(), stage, config, overrides)
+    if dry_run:
+        print(verbs.describe(job))
+        return
+    from mmfoundry.pipeline.distributed import init_runtime
+
+    print(verbs.outcome(verbs.execute(job, init_runtime())))
 
 
 for _stage in OUR_STAGES:

@@ -10,7 +10,7 @@ from pathlib import Path
 
 from mmfoundry.launch.failures import USER_ERROR, exit_code_of, leave
 from mmfoundry.pipeline.errors import MmfoundryError
-from mmfoundry.pipeline.ranks import end_with_starter
+from mmfoundry.pipeline.ranks import ERROR_FILE, end_with_starter
 
 _LET_RANK_0_SPEAK_S = 5.0
 
@@ -66,7 +66,7 @@ def _run(stage: str, config: Path, arguments: list[str]) -> None:
     share_cores()
     runtime = init_runtime()
     artifact = verbs.execute(job, runtime)
-    if runtime.is_main:
+    if runtime.is_main and ERROR_FILE not in os.environ:  # else a recipe started us, and says it in its own way
         print(verbs.outcome(artifact), flush=True)
 
 

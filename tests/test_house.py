@@ -25,7 +25,6 @@ MAY_IMPORT = {
 SOURCES = sorted(path for folder in MAY_IMPORT for path in (ROOT / folder).rglob("*.py"))
 ALL_PYTHON = [*SOURCES, *sorted((ROOT / "tests").rglob("*.py")), *sorted((ROOT / "benchmarks").rglob("*.py"))]
 MAX_LINES, MAX_FUNCTION_LINES = 500, 80
-# Imported under another name than the distribution's, where `packages_distributions` cannot tell.
 PYPROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())
 
 
@@ -44,7 +43,9 @@ def imports_of(path: Path) -> Iterator[tuple[int, str]]:
         if isinstance(node, ast.Import):
             yield from ((node.lineno, name.name) for name in node.names)
         elif isinstance(node, ast.ImportFrom):
-            assert node.level == 0, f"{relative(path)}:{node.lineno}: relative import; write mmfoundry.... in full"
+            if node.level:  # tests beside one another may; sources write mmfoundry.... in full
+                assert path.is_relative_to(ROOT / "tests"), f"{relative(path)}:{node.lineno}: relative import"
+                continue
             yield from ((node.lineno, f"{node.module}.{name.name}") for name in node.names)
 
 
@@ -122,21 +123,27 @@ def test_constraints_pin_every_dependency() -> None:
     assert {normal(re.split(r"[<>=\[; ]", line)[0]) for line in named} <= pinned
 
 
-@pytest.mark.parametrize("path", ALL_PYTHON, ids=relative)
-def test_files_and_functions_stay_small(path: Path) -> None:
-    assert len(path.read_text(encoding="utf-8").splitlines()) <= MAX_LINES
-    for node in ast.walk(tree_of(path)):
-        if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef):
-            length = (node.end_lineno or node.lineno) - node.lineno + 1
-            assert length <= MAX_FUNCTION_LINES, f"{node.name} has {length} lines"
+def test_files_and_functions_stay_small() -> None:
+    wrong = []
+    for path in ALL_PYTHON:
+        lines = len(path.read_text(encoding="utf-8").splitlines())
+        wrong += [f"{relative(path)} has {lines} lines"] if lines > MAX_LINES else []
+        for node in ast.walk(tree_of(path)):
+            if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef):
+                length = (node.end_lineno or node.lineno) - node.lineno + 1
+                wrong += [f"{relative(path)}: {node.name} has {length}"] if length > MAX_FUNCTION_LINES else []
+    assert not wrong, "\n".join(wrong)
 
 
-@pytest.mark.parametrize("path", SOURCES, ids=relative)
-def test_what_is_public_is_documented(path: Path) -> None:
-    if path.stat().st_size:
-        assert ast.get_docstring(tree_of(path)), "no module docstring"
-    for node in public(tree_of(path)):
-        assert ast.get_docstring(node), f"line {node.lineno}: {node.name} has no docstring"
+def test_what_is_public_is_documented() -> None:
+    wrong = []
+    for path in SOURCES:
+        if path.stat().st_size and not ast.get_docstring(tree_of(path)):
+            wrong.append(f"{relative(path)}: no module docstring")
+        for node in public(tree_of(path)):
+            if not ast.get_docstring(node):
+                wrong.append(f"{relative(path)}:{node.lineno}: {node.name}")
+    assert not wrong, "\n".join(wrong)
 
 
 def public(tree: ast.Module) -> Iterator[ast.FunctionDef | ast.AsyncFunctionDef | ast.ClassDef]:
@@ -152,16 +159,16 @@ def public(tree: ast.Module) -> Iterator[ast.FunctionDef | ast.AsyncFunctionDef 
                 )
 
 
-@pytest.mark.parametrize("path", ALL_PYTHON, ids=relative)
-def test_nothing_untrusted_is_executed(path: Path) -> None:
+def test_nothing_untrusted_is_executed() -> None:
     wrong = []
-    for line, name in imports_of(path):
-        if name.split(".")[0] in {"pickle", "dill", "cloudpickle", "marshal", "shelve"}:
-            wrong.append(f"line {line}: imports {name}")
-    for node in ast.walk(tree_of(path)):
-        if isinstance(node, ast.Call):
-            wrong += [f"line {node.lineno}: {text}" for text in unsafe(node)]
-    assert not wrong, f"{relative(path)}: {wrong}"
+    for path in ALL_PYTHON:
+        for line, name in imports_of(path):
+            if name.split(".")[0] in {"pickle", "dill", "cloudpickle", "marshal", "shelve"}:
+                wrong.append(f"{relative(path)}:{line}: imports {name}")
+        for node in ast.walk(tree_of(path)):
+            if isinstance(node, ast.Call):
+                wrong += [f"{relative(path)}:{node.lineno}: {text}" for text in unsafe(node)]
+    assert not wrong, "\n".join(wrong)
 
 
 def unsafe(call: ast.Call) -> Iterator[str]:
@@ -181,23 +188,47 @@ def unsafe(call: ast.Call) -> Iterator[str]:
         yield "trust_remote_code=True"
 
 
-@pytest.mark.parametrize("path", SOURCES, ids=relative)
-def test_no_error_is_swallowed(path: Path) -> None:
+@pytest.mark.parametrize(
+    ("source", "found"),
+    [
+        ("eval(x)", True),
+        ("torch.load(x)", True),
+        ("torch.load(x, weights_only=False)", True),
+        ("torch.load(x, weights_only=True)", False),
+        ("np.load(x, allow_pickle=True)", True),
+        ("np.load(x)", False),
+        ("yaml.load(x, Loader=yaml.Loader)", True),
+        ("subprocess.run(x, shell=True)", True),
+        ("model.eval()", False),
+        ("AutoModel.from_pretrained(x, trust_remote_code=True)", True),
+    ],
+)
+def test_the_rule_on_untrusted_input_sees(source: str, found: bool) -> None:
+    call = ast.parse(source, mode="eval").body
+    assert isinstance(call, ast.Call)
+    assert bool(list(unsafe(call))) == found
+
+
+def test_no_error_is_swallowed() -> None:
     """A handler of every exception must raise; `except Exception: carry on` hides bugs."""
-    for node in ast.walk(tree_of(path)):
-        if isinstance(node, ast.ExceptHandler):
-            broad = node.type is None or ast.unparse(node.type) in ("Exception", "BaseException")
-            if broad:
-                raises = any(isinstance(inner, ast.Raise) for inner in ast.walk(node))
-                assert raises, f"line {node.lineno}: catches everything and carries on"
+    wrong = []
+    for path in SOURCES:
+        for node in ast.walk(tree_of(path)):
+            broad = isinstance(node, ast.ExceptHandler) and (
+                node.type is None or ast.unparse(node.type) in ("Exception", "BaseException")
+            )
+            if broad and not any(isinstance(inner, ast.Raise) for inner in ast.walk(node)):
+                wrong.append(f"{relative(path)}:{node.lineno}")  # type: ignore[attr-defined]
+    assert not wrong, "catches everything and carries on:\n" + "\n".join(wrong)
 
 
-@pytest.mark.parametrize("path", ALL_PYTHON, ids=relative)
-def test_no_todo_is_left(path: Path) -> None:
-    words = [
-        word for word in ("TODO", "FIXME", "XXX") if word + ":" in path.read_text() or word + "(" in path.read_text()
-    ]
-    assert not words or path == Path(__file__), words
+def test_no_todo_is_left() -> None:
+    wrong = []
+    for path in ALL_PYTHON:
+        found = re.search(r"#.*\b(TODO|FIXME|XXX)\b", path.read_text(encoding="utf-8"))
+        if found and path != Path(__file__):
+            wrong.append(f"{relative(path)}: {found[0]}")
+    assert not wrong, "\n".join(wrong)
 
 
 def test_every_config_field_is_described() -> None:
