@@ -13,7 +13,7 @@ from mmfoundry.evals.samples import Samples
 from mmfoundry.evals.task import EVAL_TASKS, Bench, EvalTask, Example, Row, Selection, TaskResult
 from mmfoundry.pipeline.errors import DamagedInput
 
-NUM_EXAMPLES = 8
+NUM_EXAMPLES = 6
 NUM_SHOWN = 5
 QUERY_BLOCK = 1024
 
@@ -143,14 +143,14 @@ def _look(
         for row in range(len(samples))
     ]
     chosen = np.random.default_rng(seed).permutation(len(samples))[: 2 * NUM_EXAMPLES].tolist()
-    examples = [
-        Example(
-            [samples.picture(row)],
-            bool(pairs.right[row, found_texts[row, 0]]),
-            {"captions found": predictions[row]["found_captions"], "its captions": captions[row]},
-        )
-        for row in chosen[:NUM_EXAMPLES]
-    ]
+    examples = []
+    for row in chosen[:NUM_EXAMPLES]:
+        own = pairs.right[row, found_texts[row]]
+        ticked = [
+            f"{text} ✓" if hit else text for text, hit in zip(predictions[row]["found_captions"], own, strict=True)
+        ]
+        found = {"captions found": ticked, "its own caption": captions[row][0]}
+        examples.append(Example([samples.picture(row)], bool(own[0]), found))
     for row in chosen[NUM_EXAMPLES:]:
         marked = pairs.right[found_pictures[row], first_caption[row]].tolist()
         shown = [samples.picture(int(i)) for i in found_pictures[row]]

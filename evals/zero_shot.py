@@ -14,6 +14,7 @@ from mmfoundry.evals.task import EVAL_TASKS, Bench, Clip, EvalTask, Example, Row
 from mmfoundry.pipeline.errors import ConfigError, DamagedInput
 
 NUM_EXAMPLES = 12
+NUM_NAMES = 5  # kept in a prediction
 
 
 def load_templates(name: str) -> list[str]:
@@ -97,7 +98,7 @@ class ZeroShot(EvalTask):
         rows = self._rows(name, scores, target, clusters_of(samples, self.cluster_by), bench.seed)
         order = np.argsort(-scores["trained"], axis=1, kind="stable")
         predictions = [
-            {"key": samples.key(row), "label": labels[row], "top": [names[c] for c in order[row, : max(self.top)]]}
+            {"key": samples.key(row), "label": labels[row], "top": [names[c] for c in order[row, :NUM_NAMES]]}
             for row in range(len(samples))
         ]
         return TaskResult(rows, predictions, _examples(samples, predictions, bench.seed))

@@ -30,8 +30,8 @@ TITLES = {
     ),
     "retrieval": (
         "Retrieval",
-        "Queries drawn by the seed: a picture with the captions nearest to it, then a caption with the pictures nearest "
-        "to it, its own in a green frame.",
+        "Queries drawn by the seed: a picture with the captions nearest to it, then a caption with the pictures "
+        "nearest to it, its own in a green frame.",
         "Retrieval",
     ),
     "hard_negatives": (

@@ -82,6 +82,7 @@ def example_cells(examples: list[dict[str, Any]], wide: bool = False) -> Markup:
 
 
 def _value(value: str | list[str]) -> Child:
-    if isinstance(value, str):
+    if isinstance(value, str) or len(value) == 1:
+        value = value if isinstance(value, str) else value[0]
         return value or tag("span", "(nothing)", class_="soft")
     return tag("ol", [tag("li", item) for item in value])

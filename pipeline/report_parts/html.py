@@ -108,8 +108,12 @@ def table(head: Iterable[Child], rows: Iterable[Iterable[Child]], class_: str = 
 
 
 def facts(pairs: Mapping[str, Child]) -> Markup:
-    """Names with their values, as a list of pairs."""
-    return tag("dl", [tag("dt", name) + tag("dd", value) for name, value in pairs.items()], class_="facts")
+    """Names with their values, as a list of pairs; a value that is a list goes below its name."""
+    rows = []
+    for name, value in pairs.items():
+        below = "below" if isinstance(value, Markup) and value.text.startswith(("<ol", "<ul")) else None
+        rows.append(tag("dt", name, class_=below) + tag("dd", value, class_=below))
+    return tag("dl", rows, class_="facts")
 
 
 def percent(value: float | None, digits: int = 1) -> str:
