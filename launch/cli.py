@@ -49,7 +49,7 @@ DryRun = Annotated[bool, typer.Option("--dry-run", help="Say what would be done,
 # Keys that make each verb's example a short run.
 EXAMPLES = {
     "filter": "",
-    "scenes": "count=100 ",
+    "scenes": "sets.clip.count=100 ",
     "pretrain": "trainer.max_steps=50 ",
     "instruct": "",
     "adapt": "",
