@@ -8,8 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -54,9 +53,8 @@ class ClipConfig(Config):
     )
 
 
-@dataclass(frozen=True)
-class ClipOutput:
-    """What a contrastive objective reads.
+class ClipOutput(NamedTuple):
+    """What a contrastive objective reads. A tuple, because ZeRO-3 looks for a module's outputs in those only.
 
     Attributes:
         image_bD: L2-normalised picture embeddings, at least fp32.

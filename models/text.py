@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import torch
 from pydantic import Field, model_validator
 from torch import Tensor, nn
 
@@ -38,7 +39,8 @@ class TextEmbeddings(nn.Module):
 
     def forward(self, tokens_bL: Tensor) -> Tensor:
         """Embed token ids; (b, L, D)."""
-        return self.token_embedding(tokens_bL) + self.position_embedding.weight[: tokens_bL.shape[1]]
+        position_L = torch.arange(tokens_bL.shape[1], device=tokens_bL.device)
+        return self.token_embedding(tokens_bL) + self.position_embedding(position_L)
 
 
 class TextTower(nn.Module):

@@ -57,7 +57,9 @@ class VisionEmbeddings(nn.Module):
         """Embed (b, 3, image_size, image_size) float pixels; (b, t, D)."""
         patches_bnD = self.patch_embedding(pixels).flatten(2).transpose(1, 2)
         class_b1D = self.class_embedding.expand(len(pixels), 1, -1)
-        return torch.cat([class_b1D, patches_bnD], dim=1) + self.position_embedding.weight
+        embedded_btD = torch.cat([class_b1D, patches_bnD], dim=1)
+        # Called, not read: a rank that holds a part of the weights only (ZeRO-3) gathers them when a module is called.
+        return embedded_btD + self.position_embedding(torch.arange(embedded_btD.shape[1], device=pixels.device))
 
 
 class VisionTower(nn.Module):
