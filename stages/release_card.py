@@ -50,6 +50,7 @@ class Kind:
     results: str | None = None
 
 
+BASES = {"clip-lora": "clip-transformers", "vlm-lora": "vlm"}  # folder that an adapter goes on, in its snippet
 KINDS = {
     "clip-open_clip": Kind("CLIP for open_clip", "open_clip", "zero-shot-image-classification", "clip"),
     "clip-transformers": Kind("CLIP for transformers", "transformers", "zero-shot-image-classification", "clip"),
@@ -93,30 +94,36 @@ class Subject:
 
     Attributes:
         folder: of the release.
-        ref: what the config calls the model or adapter's artifact.
-        source: that, as a local path.
+        source: the model's or adapter's artifact or folder.
         measured: the artifact that holds its measurements; None where it was not measured.
-        parameters: of the model; None for what is not counted.
+        facts: what it is made of, in words, by name.
         base: id of the model that an adapter goes on.
     """
 
     folder: str
-    ref: str
     source: Path
     measured: Path | None
-    parameters: int | None = None
+    facts: Mapping[str, str]
     base: str | None = None
 
 
-def write_card(file: Path, subject: Subject, config: ReleaseConfig) -> None:
-    """Write the card of one folder."""
+def write_card(file: Path, subject: Subject, config: ReleaseConfig, difference: float | None) -> None:
+    """Write the card of one folder.
+
+    Args:
+        file: to write.
+        subject: what it is about.
+        config: of the stage.
+        difference: the largest between its logits and the model's as trained; None where that was not compared.
+    """
     kind = KINDS[subject.folder]
     steps = lineage(subject.source)
     head = yaml.safe_dump(front_matter(subject, config, steps), sort_keys=False, allow_unicode=True)
     sections = [
         f"---\n{head}---\n\n# {config.name}: {kind.title}",
         config.card.description.strip(),
-        _loading(subject),
+        _loading(subject, difference),
+        _settings(subject, kind, steps),
         _results(subject, kind),
         _data(config.card),
         _making(steps, config.card),
@@ -184,17 +191,57 @@ def lineage(source: Path) -> list[Step]:
     return list(found.values())
 
 
-def _loading(subject: Subject) -> str:
-    lines = [f"## Loading it\n\n```python\n{SNIPPETS[subject.folder].strip()}\n```"]
-    if subject.parameters is not None:
-        lines.append(f"{subject.parameters:,} parameters.")
+def _loading(subject: Subject, difference: float | None) -> str:
+    code = SNIPPETS[subject.folder].strip()
     if subject.base is not None:
-        lines.append(f"It goes on `{subject.base}`.")
+        code = code.replace(f'"{BASES[subject.folder]}"', json.dumps(subject.base))
+    lines = [f"## Loading it\n\n```python\n{code}\n```"]
+    if difference is not None:
+        lines.append(
+            f"When this folder was written it was loaded again in this way: its logits are within {difference:.1e} of "
+            "those of the model as it was trained (fp32)."
+        )
     lines.append(
-        "Pictures with transparent parts were put on white in training; libraries drop transparency, "
-        "so put yours on white first."
+        "Pictures with transparent parts were put on white in training. Libraries only drop the transparency, so put "
+        "such pictures on white first."
     )
     return "\n\n".join(lines)
+
+
+def _settings(subject: Subject, kind: Kind, steps: Sequence[Step]) -> str:
+    lines = [
+        "## Settings",
+        "",
+        "| | |",
+        "| --- | --- |",
+        *(f"| {key} | {text} |" for key, text in subject.facts.items()),
+    ]
+    if steps:
+        config = steps[-1].manifest.config
+        trained = config.get(kind.needs) if subject.base is not None else config
+        lines += [f"| {name} | {text} |" for name, text in _training(trained)]
+    return "\n".join(lines)
+
+
+def _training(config: Any, path: str = "training") -> Iterator[tuple[str, str]]:
+    """The phases of a stage's config that have a trainer, each in one line."""
+    if not isinstance(config, dict):
+        return
+    trainer = config.get("trainer")
+    if isinstance(trainer, dict):
+        optimizer, schedule = (trainer.get(key) or {} for key in ("optimizer", "scheduler"))
+        parts = {
+            "steps of": trainer.get("max_steps"),
+            "samples": trainer.get("train_batch_size"),
+        }
+        said = [f"{value} {name}" for name, value in parts.items() if value is not None]
+        rate = [f"learning rate {optimizer['lr']:g}"] if "lr" in optimizer else []
+        kinds = [str(each["type"]) for each in (optimizer, schedule) if "type" in each]
+        precision = [str(trainer["precision"])] if "precision" in trainer else []
+        yield path, ", ".join([" ".join(said), *kinds, *rate, *precision])
+    for name, part in config.items():
+        if name != "trainer":
+            yield from _training(part, f"training: {name}")
 
 
 def _results(subject: Subject, kind: Kind) -> str:
@@ -242,7 +289,7 @@ def _number(value: float | None) -> str:
 def _data(card: CardConfig) -> str:
     if not card.data:
         return ""
-    lines = ["## Data and licences", "", f"Weights: {card.license}. Trained on:", ""]
+    lines = ["## Data and licences", "", f"The weights: {card.license}. What they come from:", ""]
     for entry in card.data:
         name = f"[{entry.name}]({entry.url})" if entry.url else entry.name
         lines.append(f"- {name}, {entry.license}{f': {entry.note}' if entry.note else ''}")

@@ -3,6 +3,7 @@
 The stages that would train them are stood in for: what they write is what the real ones write, with random weights.
 """
 
+import json
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -88,9 +89,7 @@ def make_models(folder: Path) -> Path:
         adapted(load_clip(clip), adapt_clip.BLOCKS, ["q_proj", "fc1"], work / adapt_clip.ADAPTER)
         adapted(load_vlm(vlm)[0], instruct.BLOCKS, ["q_proj", "down_proj"], work / adapt_vlm.ADAPTER)
         for file, metric in ((adapt_clip.RESULTS, "clip_after"), (adapt_vlm.RESULTS, "vlm_after")):
-            write_atomic(
-                work / file, '{"rows": [%s]}' % str(ROW | {"metric": metric}).replace("'", '"').replace("None", "null")
-            )
+            write_atomic(work / file, json.dumps({"rows": [ROW | {"metric": metric}]}))
 
     made("adapt", folder / "adapt", fill_adapters, clip={"model": str(clip)}, vlm={"model": str(vlm)})
     measure(folder, clip)
