@@ -177,7 +177,10 @@ def _model(config: PretrainConfig, context: RunContext) -> tuple[CLIP, int | Non
     """The model to train, and the seed of its random weights; no seed where it goes on from a trained one."""
     if config.model is not None:
         return CLIP.from_seed(config.model, config.seed), config.seed
-    return load_any_clip(context.inputs["initial"]).train(), None
+    model = load_any_clip(context.inputs["initial"])
+    if "siglip" in config.objectives and model.logit_bias is None:
+        raise ConfigError(f"initial: {config.initial} has no logit bias, which the siglip objective needs")
+    return model, None
 
 
 STAGE = Stage("pretrain", PretrainConfig, run, "train a CLIP from picture-caption shards")

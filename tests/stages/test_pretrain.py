@@ -138,6 +138,23 @@ def test_goes_on_from_a_trained_model(shards: Path, tmp_path: Path) -> None:
     for name, value in before.items():
         torch.testing.assert_close(after[name], value, atol=1e-6, rtol=0)
     assert json.loads((second.path / "config.json").read_text())["init_seed"] is None
+    config = parse(PretrainConfig, tree(shards, **changes, objectives={"siglip": 1.0}))
+    with pytest.raises(ConfigError, match="has no logit bias, which the siglip objective needs"):
+        run_stage(STAGE, config, tmp_path / "c", init_runtime())
+
+
+def test_sixteen_bits_learn_as_well(shards: Path, tmp_path: Path) -> None:
+    trainer = tree(shards)["trainer"] | {"max_steps": 8}
+    full, half = (
+        losses(
+            run_stage(
+                STAGE, parse(PretrainConfig, config), tmp_path / config["trainer"]["precision"], init_runtime()
+            ).path
+        )
+        for config in (tree(shards, trainer=trainer | {"precision": name}) for name in ("fp32", "bf16"))
+    )
+    assert half != full
+    assert half == pytest.approx(full, rel=0.03)
 
 
 @pytest.mark.parametrize(
