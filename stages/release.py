@@ -74,7 +74,9 @@ class ReleaseConfig(StageConfig):
     push: Annotated[str | None, Neutral()] = Field(
         None, description="organisation or user of the Hugging Face hub to upload to; null: nothing leaves this machine"
     )
-    private: Annotated[bool, Neutral()] = Field(False, description="make new hub repositories private")
+    private: Annotated[bool, Neutral()] = Field(
+        False, description="make new hub repositories private; else they are as the organisation has it, mostly public"
+    )
 
     @model_validator(mode="after")
     def _something(self) -> ReleaseConfig:

@@ -23,7 +23,7 @@ def push_folders(release: Path, folders: Sequence[str], organisation: str, name:
         folders: of it, to upload.
         organisation: organisation or user; the token is the one that `hf auth login` or `HF_TOKEN` set.
         name: of the release.
-        private: of repositories that are made now.
+        private: whether repositories that are made now are private; else as the organisation has it.
 
     Returns:
         The addresses of the repositories.
@@ -32,7 +32,7 @@ def push_folders(release: Path, folders: Sequence[str], organisation: str, name:
         MmfoundryError: the hub cannot be reached, or does not take a folder; the reason in one line.
     """
     from huggingface_hub import CommitOperationAdd, HfApi
-    from huggingface_hub.errors import HFValidationError, HTTPError
+    from huggingface_hub.errors import HTTPError  # type: ignore[attr-defined]  # of its HTTP library: every failure
 
     api = HfApi(library_name="mmfoundry")
     ids = {folder: f"{organisation}/{name}-{folder}" for folder in folders}
@@ -48,9 +48,9 @@ def push_folders(release: Path, folders: Sequence[str], organisation: str, name:
             )
         ]
         try:
-            addresses.append(str(api.create_repo(repository, private=private, exist_ok=True)))
+            addresses.append(str(api.create_repo(repository, private=private or None, exist_ok=True)))
             api.create_commit(repository, operations, commit_message=f"Release {name}: {folder}")
-        except (OSError, HTTPError, HFValidationError) as error:  # refused, unreachable, not a name
+        except (OSError, HTTPError, ValueError) as error:  # refused, unreachable, not a name or card
             reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
             raise MmfoundryError(
                 f"push: {repository} was not uploaded ({reason}); the folders in {release} are whole: mend it and run "
