@@ -172,7 +172,7 @@ class Bench:
 class EvalTask(Config):
     """Settings of one evaluation, and how to run it."""
 
-    task: str = Field(description="name of the evaluation, as `mmfoundry list eval-task` prints it")
+    task: str = Field(description="name of the evaluation, as `mmfoundry list eval` prints it")
 
     needs: ClassVar[Literal["clip", "vlm"]]
 
@@ -181,7 +181,7 @@ class EvalTask(Config):
         """Measure the models of `bench`; `name` is the entry's name in the suite and starts its metric names."""
 
 
-EVAL_TASKS: Registry[type[EvalTask]] = Registry("eval task", package="mmfoundry.evals")
+EVAL_TASKS: Registry[type[EvalTask]] = Registry("eval task", "mmfoundry.eval", package="mmfoundry.evals")
 
 
 def gather_rows(mine: Tensor, total: int, runtime: Runtime) -> Tensor:

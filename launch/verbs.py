@@ -47,7 +47,6 @@ def prepare(stages: Stages, stage_name: str, config: Path, arguments: Sequence[s
     own = [text for text in arguments if text.partition("=")[0] not in SPECIAL]
     special = {key: value for key, _, value in (text.partition("=") for text in arguments) if key in SPECIAL}
     tree = load_yaml(config)
-    stage = stages[stage_name]
     names = stage_entries(tree, stage_name, stage.config_type.model_fields)
     if names:
         return _from_recipe(stages, config, stage_name, names, own, special)
