@@ -240,10 +240,11 @@ def report(
 
 def main() -> None:
     """Entry point of the `mmfoundry` command."""
-    leave(exit_code_of(_main))
+    leave(exit_code_of(run_command))
 
 
-def _main() -> None:
+def run_command() -> None:
+    """Do what `sys.argv` says; errors are raised, and an exit code other than 0 as `SystemExit`."""
     # Not `app()`: it answers interrupts and closed pipes itself, each in its own way.
     command = typer.main.get_command(app)
     code = 0

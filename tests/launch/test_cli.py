@@ -69,11 +69,11 @@ def test_a_recipe_runs_once(command: Command, here: Path) -> None:
     first = command("run", "recipe.yaml", "count.steps=2")
     assert first.returncode == 0, first.stderr
     assert json.loads((here / "runs/try/summary.json").read_text())["join/files"] == 2
-    started = time.monotonic()
+    made = (here / "runs/try/count/manifest.json").stat().st_mtime_ns
     second = command("run", "recipe.yaml", "count.steps=2")
     assert second.returncode == 0
     assert second.stdout.startswith("runs/try: nothing to do, 2 stages are done")
-    assert time.monotonic() - started < 10
+    assert (here / "runs/try/count/manifest.json").stat().st_mtime_ns == made
     elsewhere = command("run", "recipe.yaml", "--output", "other", "--until", "count")
     assert elsewhere.returncode == 0
     assert (here / "other/count/manifest.json").is_file()
@@ -112,12 +112,12 @@ def test_an_interrupt_is_told_and_work_is_kept(command: Command, here: Path, out
     process = subprocess.Popen(
         arguments, cwd=here, env=os.environ | {"PYTHONPATH": str(outside)}, stderr=subprocess.PIPE, text=True
     )
-    deadline = time.monotonic() + 60
+    deadline = time.monotonic() + 3000
     while not (here / "runs/try/count.work/step-0.txt").exists():
         assert time.monotonic() < deadline
         time.sleep(0.05)
     process.send_signal(signal.SIGINT)
-    _, error = process.communicate(timeout=30)
+    _, error = process.communicate(timeout=300)
     assert process.returncode == 130
     assert error.splitlines()[-1] == "error: interrupted; run the same command again to go on"
     assert "resume" in command("run", "recipe.yaml", "count.steps=9", "count.pause_s=0.5", "--dry-run").stdout

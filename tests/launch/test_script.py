@@ -37,7 +37,7 @@ def launch(starter: list[str], outside: Path, here: Path, *arguments: str) -> su
         | {"PYTHONPATH": str(outside)},
         capture_output=True,
         text=True,
-        timeout=180,
+        timeout=3000,
     )
 
 
@@ -96,7 +96,11 @@ def test_every_stage_has_a_script(tmp_path: Path) -> None:
 @pytest.mark.parametrize("stage", ["pretrain", "eval"])
 def test_a_script_refuses_a_missing_config(stage: str, tmp_path: Path) -> None:
     done = subprocess.run(
-        [sys.executable, LAUNCH / f"{stage}.py", "nope.yaml"], cwd=tmp_path, capture_output=True, text=True, timeout=120
+        [sys.executable, LAUNCH / f"{stage}.py", "nope.yaml"],
+        cwd=tmp_path,
+        capture_output=True,
+        text=True,
+        timeout=3000,
     )
     assert done.returncode == 2
     assert done.stderr == "error: nope.yaml: no such file\n"

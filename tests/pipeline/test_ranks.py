@@ -32,7 +32,7 @@ if what == "refuse" and rank == 1:
 if what == "crash" and rank == 1:
     raise RuntimeError("a bug in rank 1")
 if what in ("refuse", "crash", "wait"):
-    time.sleep(60)
+    time.sleep(900)
 """
 
 
@@ -61,7 +61,7 @@ def test_a_rank_s_own_error_comes_back_and_the_others_end(module: str, tmp_path:
     started = time.monotonic()
     with pytest.raises(MmfoundryError, match=r"^pool: no such file$"):
         start_ranks(module, ["refuse", str(tmp_path)], 2)
-    assert time.monotonic() - started < 30
+    assert time.monotonic() - started < 300
     assert alive(tmp_path) == []
 
 
@@ -74,7 +74,7 @@ def test_a_crash_shows_the_rank_s_traceback(module: str, tmp_path: Path, capfd: 
 def test_ranks_end_when_their_starter_is_killed(module: str, tmp_path: Path) -> None:
     code = f"from mmfoundry.pipeline.ranks import start_ranks; start_ranks({module!r}, ['wait', {str(tmp_path)!r}], 2)"
     starter = subprocess.Popen([sys.executable, "-c", code], env=os.environ)
-    deadline = time.monotonic() + 30
+    deadline = time.monotonic() + 300
     while len(list(tmp_path.glob("pid-*"))) < 2:
         assert time.monotonic() < deadline
         time.sleep(0.05)
