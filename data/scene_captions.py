@@ -9,9 +9,10 @@ from mmfoundry.data.concepts import Concept, indefinite, with_article
 from mmfoundry.data.questions import NUMBERS, side_of
 from mmfoundry.data.scenes import CELLS, Scene, SceneObject
 
-CaptionKind = Literal["full", "list", "relation", "part"]
+CaptionKind = Literal["full", "list", "relation", "part", "kind"]
 _RELATIONS = {"left": "to the left of", "right": "to the right of", "above": "above", "below": "below"}
 _SINGLE = ("{thing}", "a picture of {thing}", "this is {thing}", "one picture: {thing}")
+_KINDS = ("{kinds}", "a picture of {kinds}", "this picture shows {kinds}", "something of the kind: {kinds}")
 _OPENINGS = ("{things}", "a picture of {things}", "this picture shows {things}", "{things} on a plain background")
 _NUM_NEGATIVES = 3
 
@@ -23,10 +24,13 @@ def caption(scene: Scene, kind: CaptionKind, rng: np.random.Generator) -> str:
         scene: what is described.
         kind: full: every object, with places if there are at most two, with their number if there are more;
             list: every object and nothing else; relation: two objects and how they lie to each other (where there are
-            no two in one row or column: as list); part: one object and its place. Without a grid no place is told.
+            no two in one row or column: as list); part: one object and its place; kind: only what kinds of things the
+            objects are. Without a grid no place is told, and every kind but the last one names the object.
         rng: draws order and wording.
     """
-    return _single(scene, rng) if scene.objects[0].cell is None else _WRITERS[kind](scene, rng)
+    if scene.objects[0].cell is None and kind != "kind":
+        return _single(scene, rng)
+    return _WRITERS[kind](scene, rng)
 
 
 def _full(scene: Scene, rng: np.random.Generator) -> str:
@@ -63,6 +67,12 @@ def _part(scene: Scene, rng: np.random.Generator) -> str:
     return f"there {'are' if item.concept.noun == 'plural' else 'is'} {item.concept.phrase} in the {item.place}"
 
 
+def _kind(scene: Scene, rng: np.random.Generator) -> str:
+    """What is said of a thing whose name is not known, so that kinds can be told of things never seen."""
+    kinds = enumerate_phrases([indefinite(item.concept.kind) for item in _in_any_order(scene, rng)])
+    return _KINDS[int(rng.integers(len(_KINDS)))].format(kinds=kinds)
+
+
 def _single(scene: Scene, rng: np.random.Generator) -> str:
     """One object alone, at times by a synonym."""
     concept = scene.objects[0].concept
@@ -78,6 +88,7 @@ _WRITERS: Mapping[CaptionKind, Callable[[Scene, np.random.Generator], str]] = {
     "list": _list,
     "relation": _relation,
     "part": _part,
+    "kind": _kind,
 }
 
 

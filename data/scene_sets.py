@@ -27,7 +27,7 @@ class SceneSet(Config):
     layout: SceneStyle = Field(SceneStyle(), description="canvas, number of objects, sizes")
     captions: list[CaptionKind] = Field(
         ["list", "relation", "part"],
-        description="kinds of the captions after the first, which is full; for single only their number counts",
+        description="kinds of the captions after the first, which is full; for single, all but kind say the same",
     )
     questions: dict[str, int] = Field(
         default_factory=dict, description="question type -> how many a scene, at most; none for a single arrangement"

@@ -105,3 +105,13 @@ def test_a_single_object_is_named_without_a_place() -> None:
 )
 def test_phrases_are_joined_as_english_does(phrases: list[str], text: str) -> None:
     assert enumerate_phrases(phrases) == text
+
+
+@pytest.mark.parametrize("arrangement", ["grid", "single"])
+def test_kind_captions_name_every_kind_and_no_object(arrangement: str) -> None:
+    for scene, rng in scenes(60, arrangement=arrangement):
+        text = caption(scene, "kind", rng)
+        assert not named(text)
+        words = Counter(text.replace(",", "").removeprefix("something of the kind: ").split())
+        for kind, count in Counter(item.concept.kind for item in scene.objects).items():
+            assert words[kind] == count
