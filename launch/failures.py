@@ -24,6 +24,10 @@ def exit_code_of(work: Callable[[], None]) -> int:
         sys.stdout.flush()  # here, where a full disk or a closed pipe is still answered
     except MmfoundryError as error:
         return tell(str(error))
+    except SystemExit as stop:  # a training that saved its state because it was told to stop
+        if not isinstance(stop.code, int):
+            raise
+        return stop.code
     except KeyboardInterrupt:
         tell("interrupted; run the same command again to go on")
         return INTERRUPTED

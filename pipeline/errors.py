@@ -4,6 +4,8 @@ The command line prints them as `error: ...` and ends with exit code 2; any othe
 its traceback.
 """
 
+PREEMPTED_EXIT_CODE = 85  # the run saved its state because it was told to stop, and wants to be started again
+
 
 class MmfoundryError(Exception):
     """A user error. Its text is one line that names the key, file, line or sample, and what to do."""

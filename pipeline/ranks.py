@@ -6,15 +6,19 @@ For many machines use `deepspeed`, `torchrun` or `srun` with the scripts in laun
 from __future__ import annotations
 
 import os
+import signal
 import socket
 import subprocess
 import sys
 import tempfile
 import threading
 import time
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
+from types import FrameType
 
-from mmfoundry.pipeline.errors import MmfoundryError
+from mmfoundry.pipeline.errors import PREEMPTED_EXIT_CODE, MmfoundryError
 
 # A rank writes its user error here instead of printing it: the starter prints it, once.
 ERROR_FILE = "MMFOUNDRY_ERROR_FILE"
@@ -22,13 +26,15 @@ ERROR_FILE = "MMFOUNDRY_ERROR_FILE"
 WATCH_STDIN = "MMFOUNDRY_WATCH_STDIN"
 _POLL_S = 0.1
 _GRACE_S = 10.0
+# On these a training saves its state and ends; a scheduler sends them to the starter alone.
+_PASSED_ON = (signal.SIGTERM, signal.SIGUSR1)
 
 
 def start_ranks(module: str, arguments: list[str], processes: int) -> None:
     """Run `python -m module arguments` once a rank and wait for all of them.
 
     Rank 0 shares this process's output; what the others print is kept aside and shown if they fail. On the first
-    failure the others are ended. Ranks end themselves when this process is killed.
+    failure the others are ended. Ranks end themselves when this process is killed; SIGTERM and SIGUSR1 reach them.
 
     Args:
         module: importable module that runs one rank and reads `RANK`, `WORLD_SIZE` and so on from its environment.
@@ -36,19 +42,43 @@ def start_ranks(module: str, arguments: list[str], processes: int) -> None:
         processes: how many ranks.
     Raises:
         MmfoundryError: a rank failed; its own error where it left one.
+        SystemExit: code 85: the ranks saved their state because they were told to stop.
     """
     with tempfile.TemporaryDirectory(prefix="mmfoundry-ranks-") as name:
         folder = Path(name)
         port = _free_port()
         ranks: list[subprocess.Popen[bytes]] = []
         try:
-            for rank in range(processes):
-                ranks.append(_start(module, arguments, rank, processes, port, folder))
-            failed = _wait(ranks)
+            with _passing_on(ranks):
+                for rank in range(processes):
+                    ranks.append(_start(module, arguments, rank, processes, port, folder))
+                failed = _wait(ranks)
         finally:
             _end(ranks)
+        if failed is not None and ranks[failed].returncode == PREEMPTED_EXIT_CODE:
+            raise SystemExit(PREEMPTED_EXIT_CODE)
         if failed is not None:
             raise MmfoundryError(_reason(module, failed, ranks[failed].returncode, folder))
+
+
+@contextmanager
+def _passing_on(ranks: Sequence[subprocess.Popen[bytes]]) -> Iterator[None]:
+    """Send what tells this process to stop to the ranks instead, and wait for what they make of it."""
+    if threading.current_thread() is not threading.main_thread():  # only there can handlers be set
+        yield
+        return
+
+    def pass_on(number: int, frame: FrameType | None) -> None:
+        for rank in ranks:
+            if rank.poll() is None:
+                rank.send_signal(number)
+
+    before = {number: signal.signal(number, pass_on) for number in _PASSED_ON}
+    try:
+        yield
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
 
 
 def _free_port() -> int:
@@ -88,7 +118,10 @@ def _wait(ranks: list[subprocess.Popen[bytes]]) -> int | None:
     while True:
         codes = [rank.poll() for rank in ranks]
         failed = [rank for rank, code in enumerate(codes) if code]
-        if failed:
+        saved = [rank for rank in failed if codes[rank] == PREEMPTED_EXIT_CODE]
+        if len(failed) > len(saved):
+            return next(rank for rank in failed if rank not in saved)
+        if failed and None not in codes:  # the others save a moment later
             return failed[0]
         if all(code == 0 for code in codes):
             return None

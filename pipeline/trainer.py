@@ -31,13 +31,12 @@ from mmfoundry.pipeline.artifact import write_atomic
 from mmfoundry.pipeline.config import Neutral
 from mmfoundry.pipeline.distributed import Runtime
 from mmfoundry.pipeline.engine import Batch, Engine, EngineConfig, Objective
-from mmfoundry.pipeline.errors import MmfoundryError
+from mmfoundry.pipeline.errors import PREEMPTED_EXIT_CODE, MmfoundryError
 from mmfoundry.pipeline.metrics import Tally
 from mmfoundry.pipeline.optimizers import OPTIMIZERS, OptimizerConfig, ParamGroup, decay_groups
 from mmfoundry.pipeline.schedules import SchedulerConfig, lr_factor
 from mmfoundry.pipeline.stage import CHECKPOINTS, RunContext
 
-PREEMPTED_EXIT_CODE = 85  # the run saved its state because it was told to stop, and wants to be started again
 KEYS = "__key__"  # in a batch: the samples' keys, named when a loss is not finite
 KEYS_SHOWN = 8
 

@@ -4,12 +4,13 @@ import os
 import signal
 import subprocess
 import sys
+import threading
 import time
 from pathlib import Path
 
 import pytest
 
-from mmfoundry.pipeline.errors import MmfoundryError
+from mmfoundry.pipeline.errors import PREEMPTED_EXIT_CODE, MmfoundryError
 from mmfoundry.pipeline.ranks import start_ranks
 
 RANK = """
@@ -31,7 +32,15 @@ if what == "refuse" and rank == 1:
     sys.exit(2)
 if what == "crash" and rank == 1:
     raise RuntimeError("a bug in rank 1")
-if what in ("refuse", "crash", "wait"):
+if what == "save":
+    import signal
+    def save(number, frame):
+        time.sleep(0.5 * rank)  # the ranks do not end in the same moment
+        open(f"{folder}/saved-{rank}", "w").close()
+        sys.exit(85)
+    signal.signal(signal.SIGUSR1, save)
+    open(f"{folder}/ready-{rank}", "w").close()
+if what in ("refuse", "crash", "wait", "save"):
     time.sleep(900)
 """
 
@@ -84,3 +93,18 @@ def test_ranks_end_when_their_starter_is_killed(module: str, tmp_path: Path) -> 
     while alive(tmp_path):
         assert time.monotonic() < deadline, "ranks went on alone"
         time.sleep(0.05)
+
+
+def test_being_told_to_stop_reaches_every_rank_and_its_code_comes_back(module: str, tmp_path: Path) -> None:
+    def tell_when_ready() -> None:
+        while not all((tmp_path / f"ready-{rank}").exists() for rank in (0, 1)):
+            time.sleep(0.05)
+        os.kill(os.getpid(), signal.SIGUSR1)
+
+    handler = signal.getsignal(signal.SIGUSR1)
+    threading.Thread(target=tell_when_ready, daemon=True).start()
+    with pytest.raises(SystemExit) as stop:
+        start_ranks(module, ["save", str(tmp_path)], 2)
+    assert stop.value.code == PREEMPTED_EXIT_CODE
+    assert all((tmp_path / f"saved-{rank}").exists() for rank in (0, 1))
+    assert signal.getsignal(signal.SIGUSR1) == handler

@@ -14,8 +14,8 @@ import pytest
 import torch
 from torch import Tensor
 
+from mmfoundry.pipeline.errors import PREEMPTED_EXIT_CODE
 from mmfoundry.pipeline.tensor_file import TensorFile
-from mmfoundry.pipeline.trainer import PREEMPTED_EXIT_CODE
 from tests.pipeline.tiny_training import TokenLoss, train_tiny, trainer_config
 from tests.ranks import run_ranks
 
