@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import torch.distributed as dist
@@ -22,9 +22,8 @@ from mmfoundry.pipeline.distributed import world_in
 # Shape suffixes: n = tiles on this rank, t = tokens of a tile, D = width of the language model, C = names
 
 
-@dataclass(frozen=True)
-class AlignOutput:
-    """What `AlignmentLoss` reads.
+class AlignOutput(NamedTuple):
+    """What `AlignmentLoss` reads. A tuple, because ZeRO-3 looks for a module's outputs in those only.
 
     Attributes:
         tokens_ntD: image tokens of each tile.

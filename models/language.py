@@ -6,6 +6,8 @@ import hashlib
 import os
 import shutil
 import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -45,8 +47,11 @@ def load_language_model(path: str | Path, dtype: torch.dtype = torch.float32) ->
     gguf = _gguf_file(path)
     folder = path if gguf is None else dequantised(gguf)
     try:
-        model = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype, use_safetensors=True, trust_remote_code=False)
-        tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
+        with without_bars():
+            model = AutoModelForCausalLM.from_pretrained(
+                folder, dtype=dtype, use_safetensors=True, trust_remote_code=False
+            )
+            tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
     except (OSError, ValueError) as error:  # what transformers raises for missing files and unknown architectures
         raise DamagedInput(f"{folder}: not a language model that transformers can read ({error})") from error
     return LanguageModel(model.eval(), tokenizer)
@@ -87,10 +92,21 @@ def dequantised(gguf: Path) -> Path:
     return kept
 
 
+@contextmanager
+def without_bars() -> Iterator[None]:
+    """Keep transformers' progress bars of a second or two off the screen while the block runs."""
+    enabled = transformers_logging.is_progress_bar_enabled()
+    transformers_logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        if enabled:
+            transformers_logging.enable_progress_bar()
+
+
+@without_bars()
 def _dequantise(gguf: Path, folder: Path) -> None:
     # A model loaded from GGUF refuses save_pretrained, so its weights go into a plain model of the same config.
-    bar = transformers_logging.is_progress_bar_enabled()
-    transformers_logging.disable_progress_bar()
     try:
         source = AutoModelForCausalLM.from_pretrained(gguf.parent, gguf_file=gguf.name, dtype=torch.float32)
         tokenizer = AutoTokenizer.from_pretrained(gguf.parent, gguf_file=gguf.name)
@@ -106,9 +122,6 @@ def _dequantise(gguf: Path, folder: Path) -> None:
         tokenizer.save_pretrained(folder)
     except ImportError as error:
         raise MissingInput(f"{gguf}: reading a GGUF file needs the gguf package: pip install gguf") from error
-    finally:
-        if bar:
-            transformers_logging.enable_progress_bar()
 
 
 def _gguf_file(path: Path) -> Path | None:

@@ -7,8 +7,7 @@ which has the same), so that weights go over by name and adapters made on one lo
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from pydantic import Field, model_validator
@@ -68,9 +67,8 @@ class VlmConfig(VlmSettings):
     patch_token_id: int = Field(ge=0, description="id of image.patch_token in the language model's tokenizer")
 
 
-@dataclass(frozen=True)
-class VlmOutput:
-    """What a language-modelling objective reads.
+class VlmOutput(NamedTuple):
+    """What a language-modelling objective reads. A tuple, because ZeRO-3 looks for a module's outputs in those only.
 
     Attributes:
         logits_sV: at the positions before each supervised one.

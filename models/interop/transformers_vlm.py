@@ -15,6 +15,7 @@ from torch import Tensor
 from mmfoundry.models.chat import IMAGE, TILE
 from mmfoundry.models.clip import ClipConfig
 from mmfoundry.models.interop.transformers_clip import to_transformers_config
+from mmfoundry.models.language import without_bars
 from mmfoundry.models.vlm import VisionLanguageModel, VlmConfig
 from mmfoundry.models.vlm_text import VlmText
 from mmfoundry.pipeline.errors import ConfigError
@@ -30,8 +31,10 @@ def save_for_transformers(model: VisionLanguageModel, text: VlmText, folder: str
     Raises:
         ConfigError: no class of transformers represents the model; why is said.
     """
-    to_transformers(model).save_pretrained(folder)
-    to_processor(model, text).save_pretrained(folder)
+    theirs, processor = to_transformers(model), to_processor(model, text)
+    with without_bars():
+        theirs.save_pretrained(folder)
+        processor.save_pretrained(folder)
 
 
 def to_transformers(model: VisionLanguageModel) -> PreTrainedModel:

@@ -98,7 +98,14 @@ def tune_curve(group: ProcessGroup | None, tree: dict[str, Any], folder: str) ->
     return [losses(made.path, "align"), losses(made.path, "tune")]
 
 
-@pytest.mark.parametrize("changes", [{}, {"train_micro_batch_size_per_gpu": 2, "zero_optimization": {"stage": 1}}])
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {},
+        {"train_micro_batch_size_per_gpu": 2, "zero_optimization": {"stage": 1}},
+        {"zero_optimization": {"stage": 3}},
+    ],
+)
 def test_ranks_agree_with_one_process(parts: Path, tmp_path: Path, changes: dict[str, Any]) -> None:
     tree = instruct_tree(parts)
     for phase, steps in (("align", 4), ("tune", 6)):
