@@ -252,7 +252,10 @@ def _write(part: _Part, config: ReleaseConfig, context: RunContext) -> None:
             )
     write_card(aside / CARD, part.subject, config, difference)
     write_atomic(context.work / CHECKS / f"{part.folder}.json", json.dumps({"difference": difference}) + "\n")
-    sync_files(file for file in aside.rglob("*") if file.is_file())
+    files = [file for file in aside.rglob("*") if file.is_file()]
+    for file in files:  # safetensors leaves weights unreadable to others; the card has the mode that the user wants
+        file.chmod((aside / CARD).stat().st_mode)
+    sync_files(files)
     os.rename(aside, place)
     sync_folder(context.work)
     compared = "" if difference is None else f", logits within {difference:.1e} of ours"

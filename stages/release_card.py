@@ -13,7 +13,7 @@ import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 import yaml
 from pydantic import Field
@@ -65,12 +65,15 @@ KINDS = {
 
 
 class DataCredit(Config):
-    """A data set that the model was trained on."""
+    """A data set or model that went into a released model."""
 
     name: str = Field(min_length=1, description="what it is called")
     license: str = Field(min_length=1, description="its licence, e.g. CC-BY 4.0")
     url: str | None = Field(None, description="where it comes from")
     note: str | None = Field(None, description="what was taken from it; who is to be credited")
+    used_by: list[Literal["clip", "vlm"]] = Field(
+        default=["clip", "vlm"], description="models (with their adapters) whose cards name it"
+    )
 
 
 class CardConfig(Config):
@@ -81,7 +84,7 @@ class CardConfig(Config):
     )
     language: list[str] = Field(default=["en"], description="languages of the captions, as two-letter codes")
     description: str = Field("", description="a paragraph: what the model is for, and what it is not for")
-    data: list[DataCredit] = Field(default=[], description="data that it was trained on, with licences")
+    data: list[DataCredit] = Field(default=[], description="data and models that went into it, with licences")
     language_model: str | None = Field(
         None, description="hub id of the vision-language model's language model; null: as the instruct stage names it"
     )
@@ -125,8 +128,8 @@ def write_card(file: Path, subject: Subject, config: ReleaseConfig, difference: 
         _loading(subject, difference),
         _settings(subject, kind, steps),
         _results(subject, kind),
-        _data(config.card),
-        _making(steps, config.card),
+        _data(config.card, kind),
+        _making(steps, subject, config.card),
     ]
     write_atomic(file, "\n\n".join(part for part in sections if part) + "\n")
 
@@ -286,25 +289,29 @@ def _number(value: float | None) -> str:
     return "-" if value is None or not math.isfinite(value) else f"{value:.3f}"
 
 
-def _data(card: CardConfig) -> str:
-    if not card.data:
+def _data(card: CardConfig, kind: Kind) -> str:
+    credits = [entry for entry in card.data if kind.needs in entry.used_by]
+    if not credits:
         return ""
     lines = ["## Data and licences", "", f"The weights: {card.license}. What they come from:", ""]
-    for entry in card.data:
+    for entry in credits:
         name = f"[{entry.name}]({entry.url})" if entry.url else entry.name
         lines.append(f"- {name}, {entry.license}{f': {entry.note}' if entry.note else ''}")
     return "\n".join(lines)
 
 
-def _making(steps: Sequence[Step], card: CardConfig) -> str:
-    """How the model was made, and how it is made again."""
+def _making(steps: Sequence[Step], subject: Subject, card: CardConfig) -> str:
+    """How the model was made and measured, and how that is done again."""
     if not steps:
         return ""
+    environment = ", ".join(f"{key} {value}" for key, value in steps[-1].manifest.environment.items())
+    if subject.measured is not None and subject.measured != subject.source:
+        steps = [*steps, Step(str(subject.measured), Artifact.open(subject.measured).manifest)]
     lines = ["## How it was made", ""]
     if card.command:
         lines += ["All of it again:", "", f"```\n{card.command}\n```", ""]
     lines += [
-        "Or step by step, each with the config below as a YAML file:",
+        "Step by step, each with the config below as a YAML file:",
         "",
         "| step | command | seed | seconds | made with | content |",
         "| --- | --- | --: | --: | --- | --- |",
@@ -317,8 +324,7 @@ def _making(steps: Sequence[Step], card: CardConfig) -> str:
         lines.append(
             f"| {name} | {command} | {manifest.seed} | {manifest.seconds:.0f} | {made} | `{manifest.digest[:12]}` |"
         )
-    environment = ", ".join(f"{key} {value}" for key, value in steps[-1].manifest.environment.items())
-    lines += ["", f"Environment of the last step: {environment}."]
+    lines += ["", f"It was made with {environment}."]
     for name, step in zip(names, steps, strict=True):
         text = yaml.safe_dump(step.manifest.config, sort_keys=False, allow_unicode=True).rstrip()
         lines += ["", f"<details><summary>{name}.yaml</summary>", "", f"```yaml\n{text}\n```", "", "</details>"]

@@ -27,7 +27,8 @@ def vlm_facts(model: VisionLanguageModel) -> dict[str, str]:
     """Sizes of a vision-language model."""
     config, language = model.config, model.config.language_model
     tiles = config.tiles
-    cut = "the whole picture" if tiles.max_tiles == 1 else f"{tiles.min_tiles} to {tiles.max_tiles} tiles and the whole"
+    count = f"{tiles.min_tiles} to {tiles.max_tiles}" if tiles.min_tiles < tiles.max_tiles else f"{tiles.max_tiles}"
+    cut = "the whole picture" if tiles.max_tiles == 1 else f"{count} tiles and the whole picture"
     depth, width = language.get("num_hidden_layers"), language.get("hidden_size")
     return {
         "parameters": _count(model),

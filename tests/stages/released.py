@@ -111,11 +111,15 @@ def release_tree(models: Path, **changes: Any) -> dict[str, Any]:
         "card": {
             "license": "apache-2.0",
             "description": "Random weights: good for nothing.",
-            "data": [{"name": "Squares", "license": "CC-BY 4.0", "url": "https://example.org", "note": "drawn here"}],
+            "data": [
+                {"name": "Squares", "license": "CC-BY 4.0", "url": "https://example.org", "note": "drawn here"},
+                PARENT,
+            ],
             "command": "mmfoundry run tiny.yaml",
         },
     }
     return tree | changes
 
 
+PARENT = {"name": "Parent", "license": "MIT", "used_by": ["vlm"]}
 SOURCES = {"clip": "pretrain", "vlm": "instruct", "adapters": "adapt", "eval": "eval"}

@@ -169,7 +169,13 @@ def test_a_card_tells_what_the_manifests_know(released: Artifact, models: Path) 
         "| vision tower | 3 layers of width 24, pictures of 16 pixels, patches of 8 |",
     ):
         assert said in text
-    assert "vlm" not in head["tags"]
+    assert "- Parent, MIT" not in text
+    assert "- Parent, MIT" in card(released.path / "vlm-lora")[1]
+    assert f"`mmfoundry eval eval.yaml output={models / 'eval'}`" in text
+
+
+def test_files_have_one_mode(released: Artifact) -> None:
+    assert len({file.stat().st_mode for folder in FOLDERS for file in (released.path / folder).iterdir()}) == 1
 
 
 def test_a_card_names_the_base(released: Artifact) -> None:
