@@ -1,6 +1,7 @@
 """stages/release_push.py: a release's folders on a hub (one on this machine), and what is left when it says no."""
 
 import json
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -9,6 +10,7 @@ import huggingface_hub
 import pytest
 import yaml
 
+from mmfoundry.launch.cli import run_command
 from mmfoundry.pipeline.artifact import Artifact
 from mmfoundry.pipeline.config import parse
 from mmfoundry.pipeline.distributed import Runtime
@@ -90,3 +92,11 @@ def test_a_push_that_fails_leaves_the_folders(models: Path, hub: FakeHub, monkey
     with pytest.raises(MmfoundryError, match=r"was not uploaded \(.*offline mode"):
         release(models, push="acme")
     whole.verify()
+
+
+def test_the_command_s_option(models: Path, hub: FakeHub, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "release.yaml").write_text(yaml.safe_dump(release_tree(models)))
+    words = ["mmfoundry", "release", str(tmp_path / "release.yaml"), f"output={models / 'release'}", "--push", "acme"]
+    monkeypatch.setattr(sys, "argv", words)
+    run_command()
+    assert set(hub.files) == {f"acme/tiny-{folder}" for folder in FOLDERS}
