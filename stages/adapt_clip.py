@@ -1,20 +1,22 @@
-"""Teach a CLIP new names from a few pictures each: LoRA, against zero-shot and a linear probe on the same pictures.
+"""Teach a CLIP new names from a few pictures each, against zero-shot and a linear probe on the same pictures.
 
-The part of the `adapt` stage that is about CLIPs; `stages/adapt.py` runs it.
+The part of the `adapt` stage that is about CLIPs; `stages/adapt.py` runs it. The zero-shot head stays: a class is what
+its prompts say, so the adapted model still takes any text. Pictures of old names are learnt from along with the new
+ones; without them the old names are lost (tried: from 28% right to 2%), with them both are learnt.
 """
 
 from __future__ import annotations
 
 import json
 from collections import defaultdict
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
 import numpy as np
 import torch
 import torch.nn.functional as F
-from pydantic import Field
+from pydantic import Field, field_validator, model_validator
 from torch import Tensor, nn
 from torch.distributed import ProcessGroup
 
@@ -22,28 +24,39 @@ from mmfoundry.data.loader import Loader, Source, stack
 from mmfoundry.data.reader import Pool
 from mmfoundry.data.sample import Sample
 from mmfoundry.data.shards import write_shards
+from mmfoundry.data.text import clip_tokenizer
 from mmfoundry.data.transforms import TrainTransform
-from mmfoundry.evals.embed import embed_pictures
+from mmfoundry.evals.embed import Embeddings, embed_pictures
 from mmfoundry.evals.linear_probe import probe_scores
-from mmfoundry.evals.metrics import Bools, Estimate, Floats, Ints, best_constant, difference, mean, top_k_hits
-from mmfoundry.evals.samples import Samples, class_indices, select
-from mmfoundry.evals.task import Example
+from mmfoundry.evals.metrics import Bools, Floats, Ints, best_constant, difference, mean, top_k_hits
+from mmfoundry.evals.samples import Samples, select
+from mmfoundry.evals.task import Clip, Example
 from mmfoundry.evals.zero_shot import class_embeddings, load_templates
-from mmfoundry.models.adapters.lora import LoraSettings, add_lora, save_lora
+from mmfoundry.models.adapters.clip_lora import ClipLoraConfig, add_clip_lora
+from mmfoundry.models.adapters.lora import save_lora
 from mmfoundry.models.clip import CLIP
 from mmfoundry.models.interop.load import load_any_clip
+from mmfoundry.models.text import trim
 from mmfoundry.pipeline.artifact import write_atomic
 from mmfoundry.pipeline.config import ArtifactRef, Config
 from mmfoundry.pipeline.distributed import barrier
 from mmfoundry.pipeline.errors import ConfigError
+from mmfoundry.pipeline.optimizers import decay_groups
 from mmfoundry.pipeline.stage import RunContext
 from mmfoundry.pipeline.trainer import TrainerConfig, train
 from mmfoundry.stages.eval import as_clip, write_examples
 
 ADAPTER = "clip-lora"  # folder of the adapter in the artifact, in peft's format
-BLOCKS = "vision_model.encoder.layers"  # transformers' names, so the adapter loads on CLIPModel
 RESULTS = "clip_results.json"
 NUM_EXAMPLES = 24
+
+
+class OldNames(Config):
+    """Names that the model knows and must not lose."""
+
+    train: ArtifactRef = Field(description="pictures to learn from along with the new ones")
+    test: ArtifactRef = Field(description="other pictures of the same classes")
+    share: float = Field(0.5, gt=0, lt=1, description="share of the pictures learnt from that are of old names")
 
 
 class AdaptClipConfig(Config):
@@ -54,32 +67,81 @@ class AdaptClipConfig(Config):
     )
     train: ArtifactRef = Field(description="pictures to learn from; the first `shots` of each class are taken")
     test: ArtifactRef = Field(description="other pictures of the same classes")
+    old: OldNames | None = Field(None, description="names to keep; null: whatever becomes of them")
     label: str = Field("concept", description="metadata field that holds the class name")
-    templates: str = Field("emoji", description="prompts: a file of evals/templates")
+    templates: list[str] | str = Field(["{}"], description="prompts with {} for the name, or a file of evals/templates")
     shots: int = Field(8, ge=1, description="pictures of each class to learn from")
-    lora: LoraSettings = Field(
-        LoraSettings(rank=8, alpha=16, modules=["q_proj", "v_proj", "fc1", "fc2"]),
-        description="size and places of the adapters in the vision tower; the text tower stays as it is",
-    )
-    crop_scale: tuple[float, float] = Field((0.8, 1.0), description="least and greatest share of the area of a crop")
-    trainer: TrainerConfig = Field(description="batch size, steps, optimizer, schedule, checkpoints")
+    lora: ClipLoraConfig = Field(ClipLoraConfig(), description="size and places of the adapters")
+    crop_scale: tuple[float, float] = Field((0.9, 1.0), description="least and greatest share of the area of a crop")
+    trainer: TrainerConfig = Field(description="batch size (pictures), steps, optimizer, schedule, checkpoints")
+
+    @field_validator("templates")
+    @classmethod
+    def _has_place_for_name(cls, value: list[str] | str) -> list[str] | str:
+        templates = load_templates(value) if isinstance(value, str) else value
+        if not templates or not all("{}" in template for template in templates):
+            raise ValueError("every template needs {} where the class name goes")
+        return value
+
+    @model_validator(mode="after")
+    def _crops(self) -> AdaptClipConfig:
+        if not 0 < self.crop_scale[0] <= self.crop_scale[1] <= 1:
+            raise ValueError(f"crop_scale {self.crop_scale} needs 0 < least <= greatest <= 1")
+        return self
+
+
+@dataclass(frozen=True)
+class Classes:
+    """Pictures of named classes: some to learn from, others to be tested with.
+
+    Attributes:
+        names: in alphabetical order.
+        words: what stands for each in its prompts.
+        shots, test: the pictures.
+        shot_target, target: index into `names` of each.
+    """
+
+    names: list[str]
+    words: list[str]
+    shots: Samples
+    test: Samples
+    shot_target: Ints
+    target: Ints
+
+    @classmethod
+    def of(cls, shots: Samples, test: Samples, label: str) -> Classes:
+        """From two sets of pictures.
+
+        Raises:
+            ConfigError: a class is in one of them only.
+        """
+        given, asked = ([str(name) for name in part.field(label)] for part in (shots, test))
+        if odd := sorted(set(given) ^ set(asked)):
+            raise ConfigError(f"train and test have different classes: only one of them has {', '.join(odd[:5])}")
+        names = sorted(set(given))
+        index = {name: number for number, name in enumerate(names)}
+        words: dict[str, str] = {}
+        for name, captions in zip(given, shots.captions, strict=True):
+            words.setdefault(name, captions[0] if captions else name)
+        targets = [np.array([index[name] for name in part]) for part in (given, asked)]
+        return cls(names, [words[name] for name in names], shots, test, *targets)
 
 
 class PromptClassifier(nn.Module):
-    """A CLIP as classifier: logits are scaled cosines between a picture and fixed class embeddings."""
+    """A CLIP as classifier: logits are scaled cosines between a picture and the prompts of each class."""
 
-    class_cD: Tensor  # noqa: N815  (shape suffix)
+    prompts_cpL: Tensor  # noqa: N815  (shape suffix: classes, prompts, positions)
 
-    def __init__(self, clip: CLIP, class_cD: Tensor):
-        """`class_cD`: (classes, D), L2-normalised: the zero-shot head."""
+    def __init__(self, clip: CLIP, prompts_cpL: Tensor):
         super().__init__()
         self.clip = clip
-        self.register_buffer("class_cD", class_cD, persistent=False)
+        self.register_buffer("prompts_cpL", prompts_cpL, persistent=False)
 
     def forward(self, batch: Mapping[str, Any]) -> Tensor:
         """Logits (b, classes) of `image`, (b, 3, side, side) uint8."""
         image_bD = self.clip.encode_image(self.clip.pixels(batch["image"]))
-        return self.clip.scale() * image_bD @ self.class_cD.T
+        prompt_cpD = self.clip.encode_text(self.prompts_cpL.flatten(0, 1)).unflatten(0, self.prompts_cpL.shape[:2])
+        return self.clip.scale() * image_bD @ F.normalize(prompt_cpD.mean(dim=1), dim=-1).T
 
 
 def classify(logits_bc: Tensor, batch: Mapping[str, Any], group: ProcessGroup | None = None) -> dict[str, Tensor]:
@@ -95,35 +157,53 @@ def adapt_clip(config: AdaptClipConfig, context: RunContext) -> dict[str, float]
     """Adapt, save the adapter as `clip-lora/`, and compare on the test pictures.
 
     Returns:
-        clip_before (zero-shot), clip_after, clip_linear_probe (on the same shots), and the paired differences clip_gain
-        (after - before) and clip_gain_over_linear_probe; each with `_low` and `_high` (95%); clip_constant.
+        clip_before (zero-shot), clip_after, clip_linear_probe (on the same shots), all among the new names;
+        clip_among_all: new pictures among new and old names, after; clip_old_before, clip_old_after: old pictures among
+        old names; the paired differences clip_gain (after - before), clip_gain_over_linear_probe, clip_old_change; each
+        with `_low` and `_high` (95%). clip_constant and clip_loss.
 
     Raises:
-        ConfigError: a class has fewer pictures than `shots`, or the two sets have different classes.
+        ConfigError: a class has fewer pictures than `shots`, or train and test have different classes.
     """
-    shots = few_shot(select(Pool(context.resolve(config.train)), {}), config.label, config.shots)
-    test = select(Pool(context.resolve(config.test)), {})
-    names, target = class_indices([str(label) for label in test.field(config.label)])
-    shot_names, shot_target = class_indices([str(label) for label in shots.field(config.label)])
-    if shot_names != names:
-        odd = sorted(set(names) ^ set(shot_names))
-        raise ConfigError(f"train and test have different classes: only one of them has {', '.join(odd[:5])}")
-    templates = load_templates(config.templates)
+    new = Classes.of(
+        few_shot(select(Pool(context.resolve(config.train)), {}), config.label, config.shots),
+        select(Pool(context.resolve(config.test)), {}),
+        config.label,
+    )
+    old = None
+    if config.old is not None:
+        parts = [select(Pool(context.resolve(ref)), {}) for ref in (config.old.train, config.old.test)]
+        old = Classes.of(*parts, config.label)
+        if both := sorted(set(old.names) & set(new.names)):
+            raise ConfigError(f"{both[0]} is among the new names and among the old ones")
+    templates = load_templates(config.templates) if isinstance(config.templates, str) else config.templates
     model = load_any_clip(context.resolve(config.model)).to(context.runtime.device)
     clip = as_clip(model)
-    head = class_embeddings(clip, _words(shots, config.label, names), templates)
-    seen, unseen = (embed_pictures(clip, part, context.runtime) for part in (shots, test))
+    seed = context.config.seed
+    seen, unseen = (embed_pictures(clip, part, context.runtime) for part in (new.shots, new.test))
     scores = {
-        "before": unseen @ head.T,
-        "linear_probe": probe_scores(seen, shot_target, unseen, len(names), None, context.config.seed),
+        "before": unseen @ class_embeddings(clip, new.words, templates).T,
+        "linear_probe": probe_scores(seen, new.shot_target, unseen, len(new.names), None, seed),
     }
-    lora = add_lora(model, config.lora, BLOCKS, context.config.seed)
-    _train(config, context, PromptClassifier(model, torch.from_numpy(head).to(context.runtime.device)), shots, names)
-    scores["after"] = embed_pictures(clip, test, context.runtime) @ head.T
+    old_scores = {} if old is None else {"before": _zero_shot(clip, old, templates, context)}
+    lora = add_clip_lora(model, config.lora, seed)
+    loss = _train(config, context, model, new, old, templates)
+    scores["after"] = _zero_shot(clip, new, templates, context)
+    if old is not None:
+        old_scores["after"] = _zero_shot(clip, old, templates, context)
+        scores["among_all"] = _zero_shot(clip, new, templates, context, also=old.words)
     if context.runtime.is_main:
         save_lora(model, lora, context.work / ADAPTER, base="")
-    hits = {name: top_k_hits(values, target, 1) for name, values in scores.items()}
-    return _results(config, context, Measured(names, target, scores, hits, test))
+        write_examples(context.work / "examples" / "adapt_clip", _examples(new, scores, seed))
+    return _results(context, new, scores, old, old_scores) | {"clip_loss": loss}
+
+
+def _zero_shot(
+    clip: Clip, classes: Classes, templates: list[str], context: RunContext, also: Sequence[str] = ()
+) -> Embeddings:
+    """Scores (n, classes) of the test pictures, among the classes and whatever else is in `also`."""
+    head = class_embeddings(clip, [*classes.words, *also], templates)
+    return embed_pictures(clip, classes.test, context.runtime) @ head.T
 
 
 def few_shot(samples: Samples, label: str, shots: int) -> Samples:
@@ -132,48 +212,50 @@ def few_shot(samples: Samples, label: str, shots: int) -> Samples:
     Raises:
         ConfigError: a class has fewer.
     """
-    taken: dict[str, int] = defaultdict(int)
-    rows = []
+    taken: dict[str, list[int]] = defaultdict(list)
     for row, name in enumerate(map(str, samples.field(label))):
-        taken[name] += 1
-        if taken[name] <= shots:
-            rows.append(row)
-    few = [name for name, count in taken.items() if count < shots]
-    if few:
-        raise ConfigError(f"{few[0]} has {taken[few[0]]} pictures; lower `shots` ({shots}) or give more pictures")
-    return Samples(
-        samples.pool,
-        [samples.positions[row] for row in rows],
-        [samples.captions[row] for row in rows],
-        [samples.meta[row] for row in rows],
-    )
-
-
-def _words(samples: Samples, label: str, names: list[str]) -> list[str]:
-    """What stands for each class in its prompts: the first caption of its first picture, or its label."""
-    words: dict[str, str] = {}
-    for name, captions in zip(map(str, samples.field(label)), samples.captions, strict=True):
-        words.setdefault(name, captions[0] if captions else name)
-    return [words[name] for name in names]
+        taken[name].append(row)
+    for name, rows in taken.items():
+        if len(rows) < shots:
+            raise ConfigError(f"{name} has {len(rows)} pictures; lower `shots` ({shots}) or give more pictures")
+    kept = sorted(row for rows in taken.values() for row in rows[:shots])
+    columns = ([column[row] for row in kept] for column in (samples.positions, samples.captions, samples.meta))
+    return Samples(samples.pool, *columns)
 
 
 def _train(
-    config: AdaptClipConfig, context: RunContext, model: PromptClassifier, shots: Samples, names: list[str]
-) -> None:
-    """Fit the adapters to the shots, which are kept as shards in the artifact: what was learnt from is on record."""
+    config: AdaptClipConfig,
+    context: RunContext,
+    model: CLIP,
+    new: Classes,
+    old: Classes | None,
+    templates: list[str],
+) -> float:
+    """Fit the adapters; the shots are kept as shards in the artifact, so that what was learnt from is on record.
+
+    Returns:
+        The mean loss of the last steps, as the trainer reports it.
+    """
     folder = context.work / "shots"
     if context.runtime.is_main:
-        raw = [shots.pool.get(position) for position in shots.positions]
+        raw = [new.shots.pool.get(position) for position in new.shots.positions]
         write_shards([{"__key__": f"{row:05}-{each.key}", **each.members} for row, each in enumerate(raw)], folder)
     barrier(context.runtime.group)
-    transform = TrainTransform(model.clip.config.vision_cfg.image_size, scale=config.crop_scale)
-    index = {name: number for number, name in enumerate(names)}
+    sources = [Source(folder)]
+    if old is not None and config.old is not None:
+        sources = [Source(folder, 1 - config.old.share), Source(old.shots.pool, config.old.share)]
+    classes = [*new.names, *(old.names if old else [])]
+    words = [*new.words, *(old.words if old else [])]
+    tokenize = clip_tokenizer(model.config.text_cfg.context_length)
+    prompts = trim(torch.from_numpy(tokenize([each.replace("{}", name) for name in words for each in templates])))
+    index = {name: number for number, name in enumerate(classes)}
+    transform = TrainTransform(model.config.vision_cfg.image_size, scale=config.crop_scale)
 
     def encode(sample: Sample, rng: np.random.Generator) -> dict[str, Any]:
         return {"image": transform(sample.image, rng), "label": np.int64(index[str(sample.meta[config.label])])}
 
     loader = Loader(
-        [Source(folder)],
+        sources,
         batch_size=config.trainer.samples_per_fetch(context.runtime.world_size),
         encode=encode,
         collate=stack,
@@ -182,56 +264,64 @@ def _train(
         world_size=context.runtime.world_size,
         cache_bytes=256 << 20,
     )
-    train(config.trainer, model=model, objective=classify, loader=loader, context=context, phase="clip")
-    model.eval()
+    classifier = PromptClassifier(model, prompts.unflatten(0, (len(words), len(templates))).to(context.runtime.device))
+    result = train(
+        config.trainer,
+        model=classifier,
+        objective=classify,
+        loader=loader,
+        context=context,
+        phase="clip",
+        param_groups=decay_groups(classifier.named_parameters(), config.trainer.optimizer.weight_decay),
+    )
+    classifier.eval()
+    return result.mean_loss
 
 
-@dataclass(frozen=True)
-class Measured:
-    """Scores (n, classes) and top-1 hits (n,) of each method on the test pictures."""
-
-    names: list[str]
-    target: Ints
-    scores: dict[str, Floats]
-    hits: dict[str, Bools]
-    test: Samples
-
-
-def _results(config: AdaptClipConfig, context: RunContext, measured: Measured) -> dict[str, float]:
-    """Metrics of the stage; the main rank also writes them with the table's baselines, and examples."""
-    clusters = measured.test.field(config.label)  # pictures of one concept are right or wrong together
-    hits = measured.hits
-    estimates: dict[str, Estimate] = {name: mean(hits[name], clusters=clusters) for name in hits}
-    estimates["gain"] = difference(hits["after"], hits["before"], clusters=clusters)
-    estimates["gain_over_linear_probe"] = difference(hits["after"], hits["linear_probe"], clusters=clusters)
-    metrics = {f"clip_{name}": estimate.value for name, estimate in estimates.items()}
-    for name, estimate in estimates.items():
-        metrics |= {f"clip_{name}_low": estimate.low, f"clip_{name}_high": estimate.high}
-    metrics["clip_constant"] = best_constant(measured.target)
+def _results(
+    context: RunContext, new: Classes, scores: dict[str, Floats], old: Classes | None, old_scores: dict[str, Floats]
+) -> dict[str, float]:
+    """Metrics of the stage; the main rank also writes them as table rows."""
+    metrics: dict[str, float] = {}
+    rows: list[dict[str, Any]] = []
+    for prefix, part, given in (("clip", new, scores), ("clip_old", old, old_scores)):
+        if part is None:
+            continue
+        clusters = part.target.tolist()  # pictures of one class are right or wrong together
+        hits: dict[str, Bools] = {name: top_k_hits(values, part.target, 1) for name, values in given.items()}
+        estimates = {name: mean(values, clusters=clusters) for name, values in hits.items()}
+        constant = best_constant(part.target)
+        for name, estimate in estimates.items():
+            chance = 1 / given[name].shape[1]
+            baselines = {"chance": chance, "untrained": None, "constant": constant}
+            rows.append({"task": "adapt_clip", "metric": f"{prefix}_{name}", **asdict(estimate), **baselines})
+        pairs = {"gain": ("after", "before"), "gain_over_linear_probe": ("after", "linear_probe")}
+        if prefix == "clip_old":
+            pairs = {"change": ("after", "before")}
+        for name, (one, other) in pairs.items():
+            estimates[name] = difference(hits[one], hits[other], clusters=clusters)
+        metrics[f"{prefix}_constant"] = constant
+        for name, estimate in estimates.items():
+            metrics[f"{prefix}_{name}"] = estimate.value
+            metrics |= {f"{prefix}_{name}_low": estimate.low, f"{prefix}_{name}_high": estimate.high}
     if context.runtime.is_main:
-        baselines = {"chance": 1 / len(measured.names), "untrained": None, "constant": metrics["clip_constant"]}
-        rows = [
-            {"task": "adapt_clip", "metric": f"clip_{name}", **asdict(estimate), **baselines}
-            for name, estimate in estimates.items()
-            if name in hits
-        ]
         write_atomic(context.work / RESULTS, json.dumps({"rows": rows}, indent=1) + "\n")
-        write_examples(context.work / "examples" / "adapt_clip", _examples(measured, context.config.seed))
     return metrics
 
 
-def _examples(measured: Measured, seed: int) -> list[Example]:
-    """Test pictures with what they were called before and after; half of them where the two differ."""
-    named = {name: [measured.names[i] for i in scores.argmax(1)] for name, scores in measured.scores.items()}
-    order = np.random.default_rng(seed).permutation(len(measured.target)).tolist()
-    changed = [row for row in order if measured.hits["before"][row] != measured.hits["after"][row]][: NUM_EXAMPLES // 2]
+def _examples(new: Classes, scores: dict[str, Floats], seed: int) -> list[Example]:
+    """Test pictures with what they were called before and after; half of them where that turned right or wrong."""
+    named = {name: [new.names[i] for i in scores[name].argmax(1)] for name in ("before", "after", "linear_probe")}
+    hits = {name: top_k_hits(scores[name], new.target, 1) for name in ("before", "after")}
+    order = np.random.default_rng(seed).permutation(len(new.target)).tolist()
+    changed = [row for row in order if hits["before"][row] != hits["after"][row]][: NUM_EXAMPLES // 2]
     others = [row for row in order if row not in changed][: NUM_EXAMPLES - len(changed)]
     return [
         Example(
-            [measured.test.picture(row)],
-            bool(measured.hits["after"][row]),
+            [new.test.picture(row)],
+            bool(hits["after"][row]),
             {
-                "is": measured.names[measured.target[row]],
+                "is": new.names[new.target[row]],
                 "before": named["before"][row],
                 "after": named["after"][row],
                 "linear probe": named["linear_probe"][row],

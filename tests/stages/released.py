@@ -86,7 +86,7 @@ def make_models(folder: Path) -> Path:
     vlm = made("instruct", folder / "instruct", lambda work: save_vlm(*tiny_vlm(), work), data=str(clip))
 
     def fill_adapters(work: Path) -> None:
-        adapted(load_clip(clip), adapt_clip.BLOCKS, ["q_proj", "fc1"], work / adapt_clip.ADAPTER)
+        adapted(load_clip(clip), "vision_model.encoder.layers", ["q_proj", "fc1"], work / adapt_clip.ADAPTER)
         adapted(load_vlm(vlm)[0], instruct.BLOCKS, ["q_proj", "down_proj"], work / adapt_vlm.ADAPTER)
         for file, metric in ((adapt_clip.RESULTS, "clip_after"), (adapt_vlm.RESULTS, "vlm_after")):
             write_atomic(work / file, json.dumps({"rows": [ROW | {"metric": metric}]}))

@@ -1,0 +1,81 @@
+"""Low-rank adapters on both towers of a CLIP and on its projections.
+
+Module names are those of transformers' CLIPModel, so the saved adapter loads there:
+`PeftModel.from_pretrained(CLIPModel.from_pretrained("clip-transformers"), "clip-lora")`.
+"""
+
+from __future__ import annotations
+
+from typing import Literal
+
+import torch
+from peft import LoraConfig, inject_adapter_in_model
+from pydantic import Field
+
+from mmfoundry.models.adapters.lora import ADAPTER
+from mmfoundry.models.clip import CLIP
+from mmfoundry.pipeline.config import Config
+
+Layer = Literal["q_proj", "k_proj", "v_proj", "out_proj", "fc1", "fc2"]
+Tower = Literal["vision", "text"]
+
+
+class ClipLoraConfig(Config):
+    """Size of the adapters, and where they go."""
+
+    rank: int = Field(16, ge=1, description="rank of each update")
+    alpha: float = Field(32.0, gt=0, description="the update is scaled by alpha / rank")
+    dropout: float = Field(0.0, ge=0, lt=1, description="share of an adapter's inputs set to zero in training")
+    modules: list[Layer] = Field(
+        ["q_proj", "v_proj", "out_proj", "fc1", "fc2"], min_length=1, description="linear layers of a block"
+    )
+    first_layer: dict[Tower, int] = Field(
+        {"vision": 0, "text": 0}, description="first block that gets adapters; a tower that is left out gets none"
+    )
+    projections: bool = Field(True, description="also the projections of these towers into the joint embedding")
+
+    def pattern(self, model: CLIP) -> str:
+        """The regular expression over full module names that peft takes.
+
+        Raises:
+            ValueError: no layer is left to adapt.
+        """
+        names = "|".join(sorted(set(self.modules)))
+        parts = []
+        for tower in sorted(self.first_layer):
+            count = len(model.get_submodule(f"{tower}_model.encoder.layers"))  # type: ignore[arg-type]  # a ModuleList
+            numbers = "|".join(str(number) for number in range(self.first_layer[tower], count))
+            if numbers:
+                parts.append(rf"{tower}_model\.encoder\.layers\.({numbers})\.(self_attn|mlp)\.({names})")
+            if self.projections:
+                parts.append({"vision": "visual_projection", "text": "text_projection"}[tower])
+        if not parts:
+            raise ValueError("first_layer and projections leave no layer to adapt")
+        return "|".join(parts)
+
+
+def add_clip_lora(model: CLIP, config: ClipLoraConfig, seed: int) -> LoraConfig:
+    """Put adapters into a CLIP, in place; what is trainable afterwards is the adapters alone.
+
+    The embeddings stay what they were until the first step. `lora.save_lora` writes the adapters.
+
+    Args:
+        model: changed in place.
+        config: size and places.
+        seed: of the adapters' first factors (the second start at zero); the caller's random state is left alone.
+
+    Returns:
+        The adapter's config in peft's terms.
+    """
+    lora = LoraConfig(
+        r=config.rank,
+        lora_alpha=config.alpha,  # type: ignore[arg-type]  # peft divides it by the rank; it need not be whole
+        lora_dropout=config.dropout,
+        target_modules=config.pattern(model),
+        bias="none",
+    )
+    model.requires_grad_(False)
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        inject_adapter_in_model(lora, model, adapter_name=ADAPTER)
+    return lora
