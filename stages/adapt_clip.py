@@ -172,8 +172,8 @@ def adapt_clip(config: AdaptClipConfig, context: RunContext) -> dict[str, float]
     )
     old = None
     if config.old is not None:
-        parts = [select(Pool(context.resolve(ref)), {}) for ref in (config.old.train, config.old.test)]
-        old = Classes.of(*parts, config.label)
+        learnt, asked = (select(Pool(context.resolve(ref)), {}) for ref in (config.old.train, config.old.test))
+        old = Classes.of(learnt, asked, config.label)
         if both := sorted(set(old.names) & set(new.names)):
             raise ConfigError(f"{both[0]} is among the new names and among the old ones")
     templates = load_templates(config.templates) if isinstance(config.templates, str) else config.templates
@@ -219,8 +219,12 @@ def few_shot(samples: Samples, label: str, shots: int) -> Samples:
         if len(rows) < shots:
             raise ConfigError(f"{name} has {len(rows)} pictures; lower `shots` ({shots}) or give more pictures")
     kept = sorted(row for rows in taken.values() for row in rows[:shots])
-    columns = ([column[row] for row in kept] for column in (samples.positions, samples.captions, samples.meta))
-    return Samples(samples.pool, *columns)
+    return Samples(
+        samples.pool,
+        [samples.positions[row] for row in kept],
+        [samples.captions[row] for row in kept],
+        [samples.meta[row] for row in kept],
+    )
 
 
 def _train(

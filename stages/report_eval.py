@@ -68,8 +68,8 @@ def report(artifact: Artifact, name: str) -> StageReport:
     for task, settings in tasks.items():
         examples = read_examples(artifact.path / "examples" / task)
         if examples:
-            heading = tag("h3", task.replace("_", " "))
-            shown.setdefault(settings["task"], []).append(heading + _examples(settings["task"], examples))
+            block = tag("h3", task.replace("_", " ")) + _examples(settings["task"], examples)
+            shown.setdefault(settings["task"], []).append(block)
     for kind, blocks in shown.items():
         heading, intro, short = TITLES.get(kind, (kind.replace("_", " "), "", ""))
         sections.append(Section(heading, intro, join(blocks), short))

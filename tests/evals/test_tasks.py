@@ -233,7 +233,8 @@ def test_a_task_without_its_model_says_so(pool: Pool, name: str) -> None:
 
 def test_the_shipped_suite_parses_and_names_its_data() -> None:
     tasks = {name: parse_task(name, tree) for name, tree in load_suite("emoji").items()}
-    assert {selection.data for task in tasks.values() for selection in selections(task)} == {"pictures", "scenes", "questions"}
+    named = {selection.data for task in tasks.values() for selection in selections(task)}
+    assert named == {"pictures", "scenes", "questions"}
     assert {type(task) for task in tasks.values()} == {EVAL_TASKS[name] for name in EVAL_TASKS}
     with pytest.raises(ConfigError, match=r"unknown suite 'emojy'; did you mean emoji\?"):
         load_suite("emojy")
