@@ -16,6 +16,7 @@ MAKERS = {
     "instruct": "mmfoundry.stages.report_training",
     "eval": "mmfoundry.stages.report_eval",
     "adapt": "mmfoundry.stages.report_adapt",
+    "release": "mmfoundry.stages.report_release",
 }
 
 

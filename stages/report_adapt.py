@@ -9,14 +9,16 @@ from mmfoundry.stages.report_tables import example_cells, read_examples, read_ro
 from mmfoundry.stages.report_training import curves
 
 ABOUT = {
-    "adapt_clip": "names that never trained, from a few pictures of each: zero-shot, a linear probe, LoRA",
+    "adapt_clip": "new names, from a few pictures of each (clip), and the old ones that must not be lost (clip_old)",
     "adapt_vlm": "new questions (vlm) and the old ones that must not be lost (vlm_old)",
 }
+HEADINGS = {"adapt_clip": "new names", "adapt_vlm": "new questions"}
 GAINS = {
-    "clip_gain": "LoRA over zero-shot, on the same pictures",
-    "clip_gain_over_linear_probe": "LoRA over the linear probe, on the same pictures",
-    "vlm_gain": "after over before, on new questions",
-    "vlm_old_change": "after over before, on old questions",
+    "clip_gain": "new names, adapted against zero-shot",
+    "clip_gain_over_linear_probe": "new names, adapted against a linear probe on the same shots",
+    "clip_old_change": "old names, after against before",
+    "vlm_gain": "new questions, after against before",
+    "vlm_old_change": "old questions, after against before",
 }
 
 
@@ -42,9 +44,12 @@ def report(artifact: Artifact, name: str) -> StageReport:
     for task in ABOUT:
         examples = read_examples(artifact.path / "examples" / task)
         if examples:
-            body += [tag("h3", f"Before and after: {ABOUT[task].split(':')[0]}"), example_cells(examples, wide=True)]
+            body += [tag("h3", f"Before and after: {HEADINGS[task]}"), example_cells(examples, wide=True)]
     body.append(details("how it was trained", curves(artifact)))
-    intro = "Differences are paired: the same pictures before and after. Of the examples, half are ones that changed."
+    intro = (
+        "Small adapters (LoRA) on finished models. Differences are paired: the same pictures before and after. "
+        "Of the examples, half are ones that changed."
+    )
     title = "Adaptation" if name == "adapt" else f"Adaptation: {name}"
     return StageReport(headlines, [Section(title, intro, join(body))])
 
@@ -55,9 +60,7 @@ def _gains(metrics: dict[str, float]) -> Markup:
         if key not in metrics:
             continue
         low, high = metrics[f"{key}_low"], metrics[f"{key}_high"]
-        sure = "outside" if low > 0 or high < 0 else "not outside"
-        text = (
-            f": {100 * metrics[key]:+.1f} points [{100 * low:+.1f}, {100 * high:+.1f}], {sure} of what chance explains"
-        )
+        sure = "" if low > 0 or high < 0 else ": may be no change at all"
+        text = f": {100 * metrics[key]:+.1f} points [{100 * low:+.1f}, {100 * high:+.1f}]{sure}"
         items.append(tag("li", tag("b", words), text))
     return tag("ul", items)

@@ -8,22 +8,24 @@ from mmfoundry.data.reader import Pool
 from mmfoundry.data.sample import to_sample
 from mmfoundry.pipeline.artifact import Artifact
 from mmfoundry.pipeline.report import Section, StageReport
-from mmfoundry.pipeline.report_parts.html import Markup, facts, join, picture, tag
+from mmfoundry.pipeline.report_parts.html import Markup, details, facts, join, picture, tag
 from mmfoundry.stages.scenes import SETS
 
 SCENES_A_SET = 3
+SETS_OPEN = 2  # the others unfold on click
 
 
 def report(artifact: Artifact, name: str) -> StageReport:
     """A section with the first scenes of each set."""
     sets = json.loads((artifact.path / SETS).read_text(encoding="utf-8"))
     blocks = []
-    for each, summary in sets.items():
+    for number, (each, summary) in enumerate(sets.items()):
         about = (
             f"{summary['count']:,} scenes of {len(summary['concepts'])} things, {' and '.join(summary['styles'])} style"
         )
         cells = _cells(Pool(artifact.path / each))
-        blocks.append(tag("h3", each, tag("span", f" {about}", class_="soft")) + tag("div", cells, class_="grid wide"))
+        shown = tag("div", cells, class_="grid wide")
+        blocks.append(details(f"{each}: {about}", shown, open_=number < SETS_OPEN))
     intro = (
         "Pictures composed on a canvas, so that everything true about them is known; rendered once, read like any data."
     )

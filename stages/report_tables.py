@@ -10,6 +10,7 @@ from typing import Any
 from mmfoundry.pipeline.report_parts.charts import Mark, whisker, whisker_legend
 from mmfoundry.pipeline.report_parts.html import Child, Markup, facts, percent, picture, tag
 
+LONG = 17  # characters; longer text needs the card's whole width
 BASELINES = ("chance", "untrained", "constant")
 
 
@@ -19,9 +20,10 @@ def read_rows(path: Path) -> list[dict[str, Any]]:
 
 
 def above_baselines(row: Mapping[str, Any]) -> bool | None:
-    """Whether the whole interval lies above every baseline; None where there is none."""
-    known = [row[name] for name in BASELINES if row.get(name) is not None]
-    return row["low"] > max(known) if known else None
+    """Whether the whole interval lies above every baseline; None for a number of which more is not better."""
+    if row.get("chance") is None and row.get("constant") is None:
+        return None
+    return row["low"] > max(row[name] for name in BASELINES if row.get(name) is not None)
 
 
 def results_table(rows: list[dict[str, Any]], about: Mapping[str, str]) -> Markup:
@@ -63,7 +65,7 @@ def example_cells(examples: list[dict[str, Any]], wide: bool = False) -> Markup:
     cells = []
     for example in examples:
         alt = next((value for value in example["fields"].values() if isinstance(value, str)), "")
-        said = facts({key: _value(value) for key, value in example["fields"].items()})
+        said = facts({key: _value(value) for key, value in example["fields"].items()}, LONG)
         verdict = tag("span", "✓ right" if example["right"] else "✗ wrong", class_="yes" if example["right"] else "no")
         side = "cell right" if example["right"] else "cell wrong"
         if len(example["pictures"]) > 1:
@@ -78,7 +80,8 @@ def example_cells(examples: list[dict[str, Any]], wide: bool = False) -> Markup:
             cells.append(tag("div", picture(example["pictures"][0], alt), right, class_=f"{side} side"))
         else:
             cells.append(tag("div", picture(example["pictures"][0], alt), verdict, said, class_=side))
-    return tag("div", cells, class_="grid wide" if wide or any(len(e["pictures"]) > 1 for e in examples) else "grid")
+    several = any(len(example["pictures"]) > 1 for example in examples)
+    return tag("div", cells, class_="grid half" if several else "grid wide" if wide else "grid")
 
 
 def _value(value: str | list[str]) -> Child:

@@ -107,11 +107,12 @@ def table(head: Iterable[Child], rows: Iterable[Iterable[Child]], class_: str = 
     )
 
 
-def facts(pairs: Mapping[str, Child]) -> Markup:
-    """Names with their values, as a list of pairs; a value that is a list goes below its name."""
+def facts(pairs: Mapping[str, Child], long: int = 1000) -> Markup:
+    """Names with their values; a value that is a list, or text of more than `long` characters, goes below its name."""
     rows = []
     for name, value in pairs.items():
-        below = "below" if isinstance(value, Markup) and value.text.startswith(("<ol", "<ul")) else None
+        is_list = isinstance(value, Markup) and value.text.startswith(("<ol", "<ul"))
+        below = "below" if is_list or (isinstance(value, str) and len(value) > long) else None
         rows.append(tag("dt", name, class_=below) + tag("dd", value, class_=below))
     return tag("dl", rows, class_="facts")
 
