@@ -8,7 +8,8 @@ import re
 from mmfoundry.pipeline.artifact import Artifact
 from mmfoundry.pipeline.report import Section, StageReport
 from mmfoundry.pipeline.report_parts.html import Child, Markup, details, join, table, tag
-from mmfoundry.stages.release import CARD, CHECKS
+from mmfoundry.stages.release import CHECKS
+from mmfoundry.stages.release_card import CARD
 
 _TITLE = re.compile(r"^# (?:.*: )?(.+)$", re.MULTILINE)
 _CODE = re.compile(r"^```python\n(.*?)^```$", re.MULTILINE | re.DOTALL)

@@ -10,7 +10,7 @@ from mmfoundry.pipeline.report_parts.html import Child, Markup, compact, duratio
 
 MAX_POINTS = 240  # of a line; more than the pixels that it has
 CHART_WIDTH, CHART_HEIGHT = 360, 190
-LEFT, RIGHT, TOP, BOTTOM = 46, 10, 10, 26
+LEFT, RIGHT, TOP, BOTTOM = 54, 10, 10, 26
 
 
 @dataclass(frozen=True)
