@@ -150,7 +150,7 @@ def make_bench(config: EvalConfig, context: RunContext) -> Bench:
         model = load_any_clip(folder)
         clip = as_clip(model.to(device))
         if config.untrained:
-            untrained = as_clip(_before_training(model, folder, config.seed).to(device))
+            untrained = as_clip(before_training(model, folder, config.seed).to(device))
     if "vlm" in needs and config.vlm is not None:
         answer, untrained_answer = load_answers(context.inputs["vlm"], device, config.untrained, context.log)
 
@@ -174,7 +174,7 @@ def make_bench(config: EvalConfig, context: RunContext) -> Bench:
     )
 
 
-def _before_training(model: CLIP, folder: Path, seed: int) -> CLIP:
+def before_training(model: CLIP, folder: Path, seed: int) -> CLIP:
     """The weights that training started from; of a model from elsewhere, any random weights of its architecture."""
     try:
         return untrained_clip(folder)

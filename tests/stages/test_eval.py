@@ -11,6 +11,7 @@ from PIL import Image
 
 from mmfoundry.evals.metrics import mean
 from mmfoundry.evals.task import EVAL_TASKS, Bench, EvalTask, Row, TaskResult
+from mmfoundry.models.clip import CLIP
 from mmfoundry.models.interop.load import load_any_clip
 from mmfoundry.models.io import save_clip
 from mmfoundry.models.vlm_io import save_vlm
@@ -19,7 +20,7 @@ from mmfoundry.pipeline.config import parse
 from mmfoundry.pipeline.distributed import Runtime
 from mmfoundry.pipeline.errors import ConfigError, DamagedInput
 from mmfoundry.pipeline.stage import run_stage, work_folder
-from mmfoundry.stages.eval import RESULTS, STAGE, EvalConfig, as_clip
+from mmfoundry.stages.eval import RESULTS, STAGE, EvalConfig, as_clip, before_training
 from mmfoundry.stages.scenes import STAGE as SCENES
 from mmfoundry.stages.scenes import ScenesConfig
 from tests.data.drawn import write_pictures
@@ -113,13 +114,26 @@ def test_one_model_measures_its_part_and_says_what_is_left_out(parts: Path, tmp_
     assert all(row.untrained is None for row in rows_of(artifact))
 
 
-def test_the_untrained_model_is_the_one_that_training_started_from(parts: Path) -> None:
+def test_a_clip_is_measured_on_bytes_and_strings(parts: Path) -> None:
     model = load_any_clip(parts / "clip")
     pixels = torch.randint(0, 256, (2, 3, 16, 16), dtype=torch.uint8)
     clip = as_clip(model)
     torch.testing.assert_close(clip.encode_image(pixels), model.encode_image(model.pixels(pixels)))
     # context of 16: start, 14 ids, end
     assert clip.encode_text(["a dog", "a " * 40]).shape == (2, 12)
+
+
+def test_untrained_is_where_training_started(parts: Path, tmp_path: Path) -> None:
+    model = load_any_clip(parts / "clip")  # its config says seed 0
+    start = before_training(model, parts / "clip", seed=3)
+    assert same_weights(start, CLIP.from_seed(model.config, 0))
+    assert not same_weights(start, model)
+    save_clip(model, tmp_path, seed=None)  # from elsewhere: any random weights of its architecture
+    assert same_weights(before_training(model, tmp_path, seed=3), CLIP.from_seed(model.config, 3))
+
+
+def same_weights(one: CLIP, other: CLIP) -> bool:
+    return all(torch.equal(value, other.state_dict()[name]) for name, value in one.state_dict().items())
 
 
 class Counting(EvalTask):
