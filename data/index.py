@@ -187,7 +187,8 @@ def index_shard(shard: Path, digest: bool = False) -> ShardIndex:
     """
     with open(shard, "rb") as file:
         status = os.fstat(file.fileno())
-        grouped = _group(walk_tar(file.fileno(), status.st_size))
+        descriptor = file.fileno()
+        grouped = _group(walk_tar(lambda offset, count: os.pread(descriptor, count, offset), status.st_size))
         sha256 = hashlib.file_digest(file, "sha256").hexdigest() if digest else ""
     names = sorted({extension for _, members in grouped.samples for extension, _, _ in members})
     numbers = {name: number for number, name in enumerate(names)}

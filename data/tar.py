@@ -4,9 +4,10 @@ A plain tar reader stops, often silently, at the first header that it cannot par
 on at the next 512-byte block whose checksum is right. It reads headers only and never writes or follows anything.
 """
 
-import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
+
+Read = Callable[[int, int], bytes]  # (offset, count) -> the bytes there, fewer only at the end of the file
 
 BLOCK = 512  # bytes; headers and payloads start on multiples of it
 _SCAN_BYTES = 1 << 20
@@ -56,11 +57,11 @@ class _Header:
     size: int
 
 
-def walk_tar(descriptor: int, size: int) -> Iterator[TarMember | Damage]:
+def walk_tar(read: Read, size: int) -> Iterator[TarMember | Damage]:
     """Members and damage in order of their place.
 
     Args:
-        descriptor: the tar, opened for reading; read by `pread`, so its own position stays.
+        read: gives `count` bytes from byte `offset` of the tar on, as `storage.ShardFile.read` does.
         size: bytes of the file.
     Yields:
         A `TarMember` for every regular file whose payload lies whole inside the file; a `Damage` with reason
@@ -70,14 +71,14 @@ def walk_tar(descriptor: int, size: int) -> Iterator[TarMember | Damage]:
     offset = 0
     extension = _Extension()
     while offset + BLOCK <= size:
-        block = os.pread(descriptor, BLOCK, offset)
+        block = read(offset, BLOCK)
         header = parse_header(block)
         if header is None:
-            damage, after = _recover(descriptor, offset, size, zeros=block == _ZEROS)
+            damage, after = _recover(read, offset, size, zeros=block == _ZEROS)
             if damage is not None:
                 yield damage
             if after is None:
-                if damage is not None and damage.reason == "damaged header" and not _ends_in_zeros(descriptor, size):
+                if damage is not None and damage.reason == "damaged header" and not _ends_in_zeros(read, size):
                     yield Damage(size, "cut off")
                 return
             offset, extension = after, _Extension()
@@ -85,13 +86,13 @@ def walk_tar(descriptor: int, size: int) -> Iterator[TarMember | Damage]:
         start = offset + BLOCK
         if start + header.size > size:
             yield Damage(offset, "cut off", extension.path or header.path)
-            after = _next_header(descriptor, start, size)
+            after = _next_header(read, start, size)
             if after is None:
                 return
             offset, extension = after, _Extension()
             continue
         if header.kind in (_PAX, _GNU_NAME):
-            extension = _read_extension(descriptor, header, start, extension)
+            extension = _read_extension(read, header, start, extension)
         elif header.kind not in (_PAX_GLOBAL, _GNU_LINK):
             found = _meet(header, offset, extension)
             if found is not None:
@@ -101,17 +102,17 @@ def walk_tar(descriptor: int, size: int) -> Iterator[TarMember | Damage]:
     yield Damage(size, "cut off")
 
 
-def _recover(descriptor: int, offset: int, size: int, zeros: bool) -> tuple[Damage | None, int | None]:
+def _recover(read: Read, offset: int, size: int, zeros: bool) -> tuple[Damage | None, int | None]:
     """What a block that is no header means, and where the next header is (None: the shard ends here)."""
     if not zeros:
-        return Damage(offset, "damaged header"), _next_header(descriptor, offset + BLOCK, size)
-    after = _next_block(descriptor, offset, size)
+        return Damage(offset, "damaged header"), _next_header(read, offset + BLOCK, size)
+    after = _next_block(read, offset, size)
     if after is None:  # the end marker
         return None, None
     marker = after - offset >= 2 * BLOCK
-    if marker and parse_header(os.pread(descriptor, BLOCK, after)) is not None:
+    if marker and parse_header(read(after, BLOCK)) is not None:
         return None, after  # tars put end to end
-    header = _next_header(descriptor, after, size)
+    header = _next_header(read, after, size)
     if marker and header is None:
         return Damage(after, "junk after the end"), None
     return Damage(offset, "damaged header"), header
@@ -159,10 +160,10 @@ def _meet(header: _Header, offset: int, extension: _Extension) -> TarMember | Da
     return Damage(offset, _REFUSED.get(header.kind, "unknown member type"), path)
 
 
-def _read_extension(descriptor: int, header: _Header, start: int, extension: _Extension) -> _Extension:
+def _read_extension(read: Read, header: _Header, start: int, extension: _Extension) -> _Extension:
     if header.size > _MAX_NAME_BYTES:
         return _Extension(refused="damaged long name")
-    payload = os.pread(descriptor, header.size, start)
+    payload = read(start, header.size)
     if header.kind == _GNU_NAME:
         return replace(extension, path=_text(payload.split(b"\0", 1)[0]))
     return _read_pax(payload, extension)
@@ -202,25 +203,25 @@ def _number(field: bytes) -> int | None:
     return int(digits, 8)
 
 
-def _next_header(descriptor: int, offset: int, size: int) -> int | None:
+def _next_header(read: Read, offset: int, size: int) -> int | None:
     """Offset of the first good header at or after `offset`, or None."""
-    for place, block in _blocks(descriptor, offset, size):
+    for place, block in _blocks(read, offset, size):
         if block[257:262] == b"ustar" and parse_header(block) is not None:
             return place
     return None
 
 
-def _next_block(descriptor: int, offset: int, size: int) -> int | None:
+def _next_block(read: Read, offset: int, size: int) -> int | None:
     """Offset of the first block at or after `offset` that is not zero, or None."""
-    for place, block in _blocks(descriptor, offset, size):
+    for place, block in _blocks(read, offset, size):
         if block != _ZEROS:
             return place
     return None
 
 
-def _blocks(descriptor: int, offset: int, size: int) -> Iterator[tuple[int, bytes]]:
+def _blocks(read: Read, offset: int, size: int) -> Iterator[tuple[int, bytes]]:
     while offset + BLOCK <= size:
-        chunk = os.pread(descriptor, _SCAN_BYTES, offset)
+        chunk = read(offset, _SCAN_BYTES)
         whole = len(chunk) // BLOCK * BLOCK
         if not whole:
             return
@@ -229,5 +230,5 @@ def _blocks(descriptor: int, offset: int, size: int) -> Iterator[tuple[int, byte
         offset += whole
 
 
-def _ends_in_zeros(descriptor: int, size: int) -> bool:
-    return size >= 2 * BLOCK and os.pread(descriptor, 2 * BLOCK, size // BLOCK * BLOCK - 2 * BLOCK) == 2 * _ZEROS
+def _ends_in_zeros(read: Read, size: int) -> bool:
+    return size >= 2 * BLOCK and read(size // BLOCK * BLOCK - 2 * BLOCK, 2 * BLOCK) == 2 * _ZEROS
