@@ -46,3 +46,7 @@ class DamagedInput(MmfoundryError):
 
 class NotEnoughSpace(MmfoundryError):
     """A disk is full, or too full for what is about to be written."""
+
+
+class StorageError(MmfoundryError):
+    """A server or bucket does not give what it must: no answer after all retries, no access, or no ranges."""
