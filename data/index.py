@@ -2,47 +2,66 @@
 
 `shard-00000.tar.mmf.idx` is our own layout (never a pickle): 8 bytes of magic, the length of a JSON head, the head,
 then plain little-endian arrays at 64-byte boundaries. It is derived data: it may be deleted at any time, is rebuilt
-when the shard's size or time differ from those it names, and where the folder cannot be written it is kept in memory.
+when the shard is no longer the one that it names, and where the folder cannot be written it is kept in memory. For
+shards whose own folder is read-only, or is no folder at all, another one is named (`index_dir`).
 """
 
-import glob
 import hashlib
 import json
 import mmap
 import os
-import re
 import secrets
 from collections import Counter
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
+from mmfoundry.data.decode import UnreadableSample
+from mmfoundry.data.foreign_index import agrees, dali_samples, img2dataset_keys
+from mmfoundry.data.grouping import Grouped, group
+from mmfoundry.data.shard_names import Shard, ShardSpec, ShardUrl, as_shard, expand_shards
+from mmfoundry.data.storage import ShardFile, Storage, user_cache
 from mmfoundry.data.tar import BLOCK, Damage, TarMember, walk_tar
-from mmfoundry.pipeline.errors import DamagedInput, MissingInput
+from mmfoundry.pipeline.errors import MissingInput, MmfoundryError
+
+__all__ = [
+    "INDEX_SUFFIX",
+    "Member",
+    "Shard",
+    "ShardIndex",
+    "ShardSpec",
+    "drop_index",
+    "expand_shards",
+    "index_path",
+    "index_shard",
+    "open_index",
+    "open_indexes",
+    "require_samples",
+    "save_index",
+    "stored_index",
+]
 
 INDEX_SUFFIX = ".mmf.idx"
-_MAGIC = b"MMFIDX01"
+_MAGIC = b"MMFIDX02"
 _ALIGN = 64
-# array name -> numpy type; starts have one entry more than there are samples
+_MAX_HEAD_BYTES = 1 << 30
+_DIGEST_BYTES = 4 << 20  # read at a time
+_REMOTE_THREADS = 16
+_PROBES = 8  # samples whose headers are looked at before an uploaded index is believed
+# array name -> numpy types, of which the smallest that holds its values is used; starts have one entry more than there
+# are samples
 _ARRAYS = {
-    "key_starts": "<u4",
-    "key_bytes": "u1",
-    "member_starts": "<u4",
-    "extensions": "<u2",
-    "blocks": "<u4",
-    "sizes": "<u8",
+    "key_starts": ("<u4", "<u8"),
+    "key_bytes": ("u1",),
+    "member_starts": ("<u4", "<u8"),
+    "extensions": ("u1", "<u2", "<u4"),
+    "blocks": ("<u4", "<u8"),
+    "sizes": ("<u4", "<u8"),
 }
-_KEY = re.compile(
-    r"((?:.*/)?[^./][^./]*)\.([^/]+)", re.DOTALL
-)  # webdataset's rule: the extension starts at the first dot
-_UNSAFE = re.compile("[\x00-\x1f\x7f\ud800-\udfff]")  # controls, and bytes that were not UTF-8
-
-_HOLES = ("damaged header", "cut off", "damaged long name")  # damage that hides how many members it cost
-
-ShardSpec = str | os.PathLike[str] | Sequence["str | os.PathLike[str]"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -61,16 +80,16 @@ class ShardIndex:
     Attributes:
         shard: the tar.
         shard_bytes: its size when indexed.
-        shard_mtime_ns: its time of change when indexed.
+        identity: what changed when its bytes did, as `storage.ShardFile` has it: on a disk its time of change.
         digest: SHA-256 of the tar in hex, taken when it was written; empty where only headers were ever read.
         damage: what could not be read, in order of place.
         extensions: names of the extensions that occur, by number.
         arrays: the arrays of `_ARRAYS`, memory-mapped where the index came from a file.
     """
 
-    shard: Path
+    shard: Shard
     shard_bytes: int
-    shard_mtime_ns: int
+    identity: str
     digest: str
     damage: tuple[Damage, ...]
     extensions: tuple[str, ...]
@@ -82,150 +101,210 @@ class ShardIndex:
     def key(self, number: int) -> str:
         """The key of sample `number` (0 <= number < len)."""
         start, end = self.arrays["key_starts"][number : number + 2]
-        return self.arrays["key_bytes"][start:end].tobytes().decode("utf-8")
+        return self.arrays["key_bytes"][start:end].tobytes().decode("utf-8", "replace")
 
     def keys(self) -> Iterator[str]:
         """All keys, in the order of the shard."""
         return (self.key(number) for number in range(len(self)))
 
     def members(self, number: int) -> list[Member]:
-        """The files of sample `number`, in the order of the shard."""
+        """The files of sample `number`, in the order of the shard.
+
+        Raises:
+            UnreadableSample: what the index says cannot be: its file was altered.
+        """
         start, end = self.arrays["member_starts"][number : number + 2]
         part = slice(int(start), int(end))
         rows = (self.arrays[name][part].tolist() for name in ("extensions", "blocks", "sizes"))
-        return [Member(self.extensions[kind], block * BLOCK, size) for kind, block, size in zip(*rows, strict=True)]
-
-
-def expand_shards(shards: ShardSpec) -> list[Path]:
-    """Turn what a user may write for shards into the list of tars.
-
-    Args:
-        shards: a tar, a folder (every `*.tar` in it or, if it has none, below it), a glob, a brace range such as
-            `shard-{00000..00009}.tar`, or a list of these.
-    Returns:
-        Paths, sorted within each item of a list, each once.
-    Raises:
-        MissingInput: nothing there, or no tar in it.
-        DamagedInput: a compressed tar, which cannot be indexed.
-    """
-    if not isinstance(shards, str | os.PathLike):
-        found = [path for item in shards for path in expand_shards(item)]
-        if not found:
-            raise MissingInput("no shards: the list is empty")
-        return list(dict.fromkeys(found))
-    text = os.fspath(shards)
-    path = Path(text)
-    if path.is_dir():
-        found = sorted(path.glob("*.tar")) or sorted(path.rglob("*.tar"))
-        found = [tar for tar in found if not tar.name.startswith(".")]
-        if not found:
-            raise MissingInput(f"{text}: no *.tar in this folder")
+        found, last = [], 0
+        for kind, block, size in zip(*rows, strict=True):
+            if kind >= len(self.extensions) or block * BLOCK < last or block * BLOCK + size > self.shard_bytes:
+                raise UnreadableSample("damaged index", f"member at block {block}; delete the index, it is made again")
+            found.append(Member(self.extensions[kind], block * BLOCK, size))
+            last = block * BLOCK + size
         return found
-    if path.exists():
-        if path.name.endswith((".tar.gz", ".tgz", ".tar.bz2", ".tar.xz", ".tar.zst")):
-            raise DamagedInput(f"{text}: a compressed tar has no places to index; unpack it to a plain .tar")
-        return [path]
-    if "{" in text:
-        from braceexpand import braceexpand  # webdataset's own
-
-        return expand_shards(list(braceexpand(text)))
-    if glob.has_magic(text):
-        found = sorted(Path(name) for name in glob.glob(text, recursive=True) if not name.endswith(INDEX_SUFFIX))
-        if found:
-            return [tar for item in found for tar in expand_shards(item)]
-    raise MissingInput(f"{text}: no such shard; give a .tar, a folder of them, or a pattern such as 'data/*.tar'")
 
 
-def open_index(shard: str | os.PathLike[str], save: bool = True) -> ShardIndex:
-    """The index of a shard: from beside it if it fits the shard, otherwise made by reading the shard's headers.
+def open_index(
+    shard: str | os.PathLike[str],
+    save: bool = True,
+    index_dir: str | os.PathLike[str] | None = None,
+    storage: Storage | None = None,
+) -> ShardIndex:
+    """The index of a shard: the stored one if it fits the shard, otherwise made by reading the shard's headers.
 
-    Where the old index of a shard that is now damaged knew more samples, those are in `damage` as "gone since indexed".
+    An index that DALI's `wds2idx` left beside the shard, or that was uploaded with it, spares that reading where it
+    fits. Samples that the old index of a shard that is now damaged knew, or that img2dataset's table names, and that
+    are not there, are in `damage`.
 
     Args:
-        shard: a tar on a local disk.
-        save: keep a new index beside the shard; where that cannot be written it is used from memory all the same.
+        shard: a tar, as a path or URL.
+        save: keep a new index; where that cannot be done it is used from memory all the same.
+        index_dir: folder for the index; by default the shard's own, or for URLs one in the user's cache.
+        storage: how remote shards are read; by default with the default options.
     Raises:
         MissingInput: no such shard.
+        StorageError: the server of a remote shard does not give it.
     """
-    path = Path(shard)
-    try:
-        status = path.stat()
-    except FileNotFoundError as error:
-        raise MissingInput(f"{path}: no such shard") from error
-    index = stored_index(path)
-    if index is not None and (index.shard_bytes, index.shard_mtime_ns) == (status.st_size, status.st_mtime_ns):
-        return index
-    index = _compare(index_shard(path), index)
+    place, folder = as_shard(shard), Path(index_dir) if index_dir is not None else None
+    storage = storage or Storage()
+    before = stored_index(place, folder)
+    with storage.open(place) as file:
+        if before is not None and (before.shard_bytes, before.identity) == (file.size, file.identity):
+            return before
+        index = None
+        if before is None and isinstance(place, ShardUrl):
+            index = _published_index(place, file, storage)
+        if index is None:
+            index = _compare(_index_of(place, file, before), before)
     if save:
         try:
-            save_index(index, path)
+            save_index(index, place, folder)
         except OSError:  # a read-only or full disk costs the next reader a second scan, nothing else
             return index
     return index
+
+
+def open_indexes(
+    shards: Sequence[Shard],
+    save: bool = True,
+    index_dir: str | os.PathLike[str] | None = None,
+    storage: Storage | None = None,
+) -> list[ShardIndex]:
+    """`open_index` of many shards; remote ones side by side, as each waits for its store."""
+    storage = storage or Storage()
+    if not any(isinstance(shard, ShardUrl) for shard in shards):
+        return [open_index(shard, save, index_dir, storage) for shard in shards]
+    with ThreadPoolExecutor(_REMOTE_THREADS, thread_name_prefix="index") as threads:
+        return list(threads.map(lambda shard: open_index(shard, save, index_dir, storage), shards))
 
 
 def _compare(index: ShardIndex, before: ShardIndex | None) -> ShardIndex:
     """Keep what the last index knew of the same bytes, and name the samples that a shard now damaged had then."""
     if before is None:
         return index
-    if not index.digest and index.shard_bytes == before.shard_bytes:
+    same_size = index.shard_bytes == before.shard_bytes
+    if not index.digest and same_size:
         index = replace(index, digest=before.digest)  # the shard may only have been copied; `inspect.verify` tells
-    if index.damage:
-        known = {*index.keys(), *(damage.name for damage in index.damage)}
-        gone = [Damage(index.shard_bytes, "gone since indexed", key) for key in sorted({*before.keys()} - known)]
+    now, then = {*index.keys()}, {*before.keys()}
+    # zeros over whole headers and payloads look like nothing at all, but they do not change the size
+    if index.damage or (same_size and now < then):
+        known = now | {damage.name for damage in index.damage}
+        gone = [Damage(index.shard_bytes, "gone since indexed", key) for key in sorted(then - known)]
         index = replace(index, damage=(*index.damage, *gone))
     return index
 
 
-def index_shard(shard: Path, digest: bool = False) -> ShardIndex:
+def index_shard(
+    shard: Shard, digest: bool = False, before: ShardIndex | None = None, storage: Storage | None = None
+) -> ShardIndex:
     """Read a shard's headers (with `digest`, its whole content) and group its members into samples.
 
-    Members are grouped as webdataset does: neighbours with the same path up to the first dot of the last part. What is
-    left out is in `damage`: besides what `tar.walk_tar` reports, "unsafe path", "no extension", "duplicate member",
-    "duplicate key", and "incomplete sample": one that borders on damage and has a set of extensions that no sample
-    away from damage has.
+    What is left out is in `damage`: see `tar.walk_tar` and `grouping.group`; and "named by img2dataset" for samples
+    that its table has and the shard has not.
+
+    Args:
+        shard: a tar.
+        digest: take the SHA-256 of the whole content.
+        before: an index of the shard from better days; it tells which samples lack members.
+        storage: how remote shards are read; by default with the default options.
+    Raises:
+        MissingInput: no such shard.
+        StorageError: the server of a remote shard does not give it.
     """
-    with open(shard, "rb") as file:
-        status = os.fstat(file.fileno())
-        descriptor = file.fileno()
-        grouped = _group(walk_tar(lambda offset, count: os.pread(descriptor, count, offset), status.st_size))
-        sha256 = hashlib.file_digest(file, "sha256").hexdigest() if digest else ""
-    names = sorted({extension for _, members in grouped.samples for extension, _, _ in members})
-    numbers = {name: number for number, name in enumerate(names)}
-    keys = [key.encode("utf-8") for key, _ in grouped.samples]
-    flat = [member for _, members in grouped.samples for member in members]
+    with (storage or Storage()).open(shard) as file:
+        index = _from_headers(shard, file, before)
+        return replace(index, digest=_digest(file)) if digest else index
+
+
+def _index_of(shard: Shard, file: ShardFile, before: ShardIndex | None) -> ShardIndex:
+    """By DALI's index where there is one that fits, otherwise from the headers."""
+    if isinstance(shard, Path) and before is None:
+        grouped = dali_samples(shard, file.read, file.size)
+        if grouped is not None:
+            return _from_columns(shard, file, grouped)
+    return _from_headers(shard, file, before)
+
+
+def _from_headers(shard: Shard, file: ShardFile, before: ShardIndex | None) -> ShardIndex:
+    kinds = {} if before is None else _KindsByKey(before)
+    grouped = group(walk_tar(file.read, file.size), kinds)
+    if isinstance(shard, Path):
+        expected = img2dataset_keys(shard, len(grouped.keys))
+        present = {*grouped.keys, *(damage.name for damage in grouped.damage)} if expected else set()
+        for key in expected:
+            if key not in present:
+                grouped.note(Damage(file.size, "named by img2dataset", key))
+    return _from_columns(shard, file, grouped)
+
+
+class _KindsByKey(dict[str, frozenset[str]]):
+    """The extensions of an old index's samples by key; looked up only where there is damage, so made only then."""
+
+    def __init__(self, index: ShardIndex):
+        super().__init__()
+        self._index: ShardIndex | None = index
+
+    def __contains__(self, key: object) -> bool:
+        if self._index is not None:
+            index, self._index = self._index, None
+            names = index.extensions
+            for number, known in enumerate(index.keys()):
+                start, end = index.arrays["member_starts"][number : number + 2].tolist()
+                kinds = index.arrays["extensions"][start:end].tolist()
+                self[known] = frozenset(names[kind] for kind in kinds if kind < len(names))
+        return super().__contains__(key)
+
+
+def _from_columns(shard: Shard, file: ShardFile, grouped: Grouped) -> ShardIndex:
+    keys = [key.encode("utf-8") for key in grouped.keys]
     columns: dict[str, Any] = {
-        "key_starts": np.cumsum([0, *map(len, keys)]),
+        "key_starts": np.cumsum([0, *map(len, keys)], dtype="<u8"),
         "key_bytes": np.frombuffer(b"".join(keys), "u1"),
-        "member_starts": np.cumsum([0, *(len(members) for _, members in grouped.samples)]),
-        "extensions": [numbers[extension] for extension, _, _ in flat],
-        "blocks": [offset // BLOCK for _, offset, _ in flat],
-        "sizes": [size for _, _, size in flat],
+        "member_starts": np.asarray([0, *grouped.member_ends], "<u8"),
+        "extensions": np.asarray(grouped.kinds, "<u4"),
+        "blocks": np.asarray(grouped.blocks, "<u8"),
+        "sizes": np.asarray(grouped.sizes, "<u8"),
     }
-    arrays = {name: np.asarray(column, dtype=_ARRAYS[name]) for name, column in columns.items()}
-    return ShardIndex(shard, status.st_size, status.st_mtime_ns, sha256, tuple(grouped.damage), tuple(names), arrays)
+    arrays = {name: _smallest(column, _ARRAYS[name]) for name, column in columns.items()}
+    return ShardIndex(shard, file.size, file.identity, "", tuple(grouped.damage), tuple(grouped.extensions), arrays)
 
 
-def save_index(index: ShardIndex, shard: Path) -> Path:
-    """Write the index beside `shard`, whole or not at all; raises OSError where that cannot be done."""
-    path = index_path(shard)
+def _smallest(column: np.ndarray, kinds: tuple[str, ...]) -> np.ndarray:
+    """The column in the first type that holds its values."""
+    top = int(column.max(initial=0))
+    return column.astype(next(kind for kind in kinds if top <= np.iinfo(kind).max), copy=False)
+
+
+def _digest(file: ShardFile) -> str:
+    content = hashlib.sha256()
+    for offset in range(0, file.size, _DIGEST_BYTES):
+        content.update(file.read(offset, _DIGEST_BYTES))
+    return content.hexdigest()
+
+
+def save_index(index: ShardIndex, shard: Shard, index_dir: Path | None = None) -> Path:
+    """Write the index to its place, whole or not at all; raises OSError where that cannot be done."""
+    path = index_path(shard, index_dir)
     head: dict[str, Any] = {
         "shard_bytes": index.shard_bytes,
-        "shard_mtime_ns": index.shard_mtime_ns,
+        "identity": index.identity,
         "samples": len(index),
         "digest": index.digest,
         "extensions": index.extensions,
         "damage": [asdict(damage) for damage in index.damage],
         "lengths": {name: len(array) for name, array in index.arrays.items()},
+        "types": {name: array.dtype.str for name, array in index.arrays.items()},
     }
     encoded = json.dumps(head, ensure_ascii=True).encode()
+    path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f".{path.name}.{secrets.token_hex(4)}.tmp")  # ranks may share it
     try:
         with open(temporary, "wb") as file:
             file.write(_MAGIC + len(encoded).to_bytes(8, "little") + encoded)
             for name in _ARRAYS:
                 file.write(bytes(-file.tell() % _ALIGN))
-                file.write(index.arrays[name].tobytes())
+                file.write(index.arrays[name].data)
             file.flush()
             os.fsync(file.fileno())
         os.replace(temporary, path)
@@ -234,39 +313,86 @@ def save_index(index: ShardIndex, shard: Path) -> Path:
     return path
 
 
-def index_path(shard: Path) -> Path:
-    """Where a shard's index is kept."""
-    return shard.with_name(shard.name + INDEX_SUFFIX)
+def index_path(shard: Shard, index_dir: Path | None = None) -> Path:
+    """Where a shard's index is kept: beside it, or in the folder that is named for indexes.
+
+    Shards of several folders may share a name, so in a folder for indexes each has part of its place's digest, too.
+    """
+    if index_dir is None and isinstance(shard, Path):
+        return shard.with_name(shard.name + INDEX_SUFFIX)
+    # a signed URL has another query each day
+    place = shard.partition("?")[0] if isinstance(shard, ShardUrl) else str(shard.resolve())
+    digest = hashlib.sha256(os.fsencode(place)).hexdigest()[:12]
+    return (index_dir or user_cache() / "indexes") / f"{shard.name}.{digest}{INDEX_SUFFIX}"
 
 
-def drop_index(shard: Path) -> None:
+def drop_index(shard: Shard) -> None:
     """Remove the index beside a shard, if there is one."""
     index_path(shard).unlink(missing_ok=True)
 
 
-def stored_index(shard: Path) -> ShardIndex | None:
-    """The index beside `shard` whatever its age; None where there is none or it is not whole."""
+def stored_index(shard: Shard, index_dir: Path | None = None) -> ShardIndex | None:
+    """The stored index whatever its age; None where there is none or it is not whole."""
     try:
-        with open(index_path(shard), "rb") as file:
+        with open(index_path(shard, index_dir), "rb") as file:
             data = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
     except (OSError, ValueError):  # ValueError: an empty file
         return None
+    return _parse(shard, data)
+
+
+def _published_index(url: ShardUrl, shard: ShardFile, storage: Storage) -> ShardIndex | None:
+    """The index that lies beside a remote shard, if somebody uploaded one and it fits.
+
+    Its identity is that of the disk where it was made; headers spread over the shard must agree with it instead.
+    """
+    if "?" in url:  # a signature is for the shard alone
+        return None
+    try:
+        with storage.open(ShardUrl(url + INDEX_SUFFIX)) as file:
+            if file.size > shard.size // 2 + _DIGEST_BYTES:
+                return None
+            index = _parse(url, file.read(0, file.size))
+    except MmfoundryError:
+        return None
+    if index is None or not len(index) or index.shard_bytes != shard.size:
+        return None
+    step = max(1, len(index) // _PROBES)
+    try:
+        members = [(index.key(number), index.members(number)) for number in range(0, len(index), step)]
+    except UnreadableSample:
+        return None
+    probes = [
+        TarMember(f"{key}.{member.extension}", member.offset, member.size) for key, found in members for member in found
+    ]
+    return replace(index, identity=shard.identity) if agrees(probes, shard.read) else None
+
+
+def _parse(shard: Shard, data: mmap.mmap | bytes) -> ShardIndex | None:
     try:
         return _parse_index(shard, data)
     except (ValueError, KeyError, TypeError, IndexError, AttributeError, OverflowError, RecursionError):
         return None
 
 
-def _parse_index(shard: Path, data: mmap.mmap) -> ShardIndex:
+def _parse_index(shard: Shard, data: mmap.mmap | bytes) -> ShardIndex:
     """ValueError, KeyError or TypeError if the file is not an index that can be used."""
     if data[:8] != _MAGIC:
         raise ValueError("magic")
-    position = 16 + int.from_bytes(data[8:16], "little")
+    length = int.from_bytes(data[8:16], "little")
+    if length > min(len(data), _MAX_HEAD_BYTES):
+        raise ValueError("head")
+    position = 16 + length
     head = json.loads(data[16:position])
     arrays = {}
-    for name, kind in _ARRAYS.items():
+    for name, kinds in _ARRAYS.items():
         position += -position % _ALIGN
+        kind = head["types"][name].replace("|", "")
+        if kind not in kinds:
+            raise ValueError("types")
         length = int(head["lengths"][name])
+        if length < 0:
+            raise ValueError("lengths")
         arrays[name] = np.frombuffer(data, dtype=kind, count=length, offset=position) if length else np.empty(0, kind)
         position += arrays[name].nbytes
     samples, members = int(head["samples"]), len(arrays["blocks"])
@@ -279,91 +405,12 @@ def _parse_index(shard: Path, data: mmap.mmap) -> ShardIndex:
     return ShardIndex(
         shard,
         int(head["shard_bytes"]),
-        int(head["shard_mtime_ns"]),
+        str(head["identity"]),
         str(head["digest"]),
         tuple(Damage(int(row["offset"]), str(row["reason"]), str(row["name"])) for row in head["damage"]),
         tuple(map(str, head["extensions"])),
         arrays,
     )
-
-
-@dataclass(slots=True)
-class _Grouped:
-    samples: list[tuple[str, list[tuple[str, int, int]]]] = field(
-        default_factory=list
-    )  # key, (extension, offset, size)
-    damage: list[Damage] = field(default_factory=list)
-
-
-def _group(found: Iterable[TarMember | Damage]) -> _Grouped:
-    grouped = _Grouped()
-    borders: set[int] = set()  # numbers of samples with damage inside or next to them
-    seen: set[str] = set()
-    beside_damage = False
-    for item in found:
-        if isinstance(item, Damage):
-            grouped.damage.append(item)
-            if item.reason not in _HOLES:
-                continue
-            if grouped.samples:
-                borders.add(len(grouped.samples) - 1)
-            beside_damage = True
-            continue
-        name = _split_path(item.path)
-        if name is None:
-            continue
-        if isinstance(name, str):
-            grouped.damage.append(Damage(item.offset - BLOCK, name, _printable(item.path)))
-            continue
-        key, extension = name
-        if not grouped.samples or grouped.samples[-1][0] != key:
-            if key in seen:
-                grouped.damage.append(Damage(item.offset - BLOCK, "duplicate key", _printable(item.path)))
-                continue
-            seen.add(key)
-            grouped.samples.append((key, []))
-            if beside_damage:
-                borders.add(len(grouped.samples) - 1)
-        beside_damage = False
-        members = grouped.samples[-1][1]
-        if any(extension == other for other, _, _ in members):
-            grouped.damage.append(Damage(item.offset - BLOCK, "duplicate member", _printable(item.path)))
-            continue
-        members.append((extension, item.offset, item.size))
-    _drop_incomplete(grouped, borders)
-    return grouped
-
-
-def _drop_incomplete(grouped: _Grouped, borders: set[int]) -> None:
-    def kinds(number: int) -> frozenset[str]:
-        return frozenset(extension for extension, _, _ in grouped.samples[number][1])
-
-    if not borders:
-        return
-    usual = Counter(kinds(number) for number in range(len(grouped.samples)) if number not in borders)
-    lost = [number for number in sorted(borders) if kinds(number) not in usual]
-    for number in lost:
-        key, members = grouped.samples[number]
-        grouped.damage.append(Damage(members[0][1] - BLOCK, "incomplete sample", key))
-    grouped.samples = [sample for number, sample in enumerate(grouped.samples) if number not in set(lost)]
-    grouped.damage.sort(key=lambda damage: damage.offset)
-
-
-def _split_path(path: str) -> tuple[str, str] | str | None:
-    """Key and extension of a member; or the reason why it is refused; or None: it is passed over."""
-    while path.startswith("./"):
-        path = path[2:]
-    name = path.rpartition("/")[2]
-    if name.startswith("__") and name.endswith("__"):  # webdataset's own notes
-        return None
-    if path.startswith("/") or ".." in path.split("/") or _UNSAFE.search(path):
-        return "unsafe path"
-    match = _KEY.fullmatch(path)
-    return (match[1], match[2].lower()) if match else "no extension"
-
-
-def _printable(path: str) -> str:
-    return path.encode("utf-8", "backslashreplace").decode("utf-8")
 
 
 def require_samples(indexes: Sequence[ShardIndex], name: str) -> None:

@@ -13,9 +13,11 @@ BLOCK = 512  # bytes; headers and payloads start on multiples of it
 _SCAN_BYTES = 1 << 20
 _MAX_NAME_BYTES = 1 << 16  # of a PAX or GNU header that carries a long name
 _ZEROS = bytes(BLOCK)
-_REGULAR = b"0\0"
+_REGULAR = b"0\x007"  # 7: a file that some system kept in one piece
+_RECORD = 20 * BLOCK  # tar writers fill up their last record with zeros
+_MAX_SPARSE_BLOCKS = 1 << 16
 _DIRECTORY = b"5"
-_PAX, _PAX_GLOBAL, _GNU_NAME, _GNU_LINK = b"x", b"g", b"L", b"K"
+_PAX, _PAX_GLOBAL, _GNU_NAME, _GNU_LINK, _GNU_SPARSE = b"x", b"g", b"L", b"K", b"S"
 _REFUSED = {
     b"1": "link",
     b"2": "link",
@@ -66,7 +68,8 @@ def walk_tar(read: Read, size: int) -> Iterator[TarMember | Damage]:
     Yields:
         A `TarMember` for every regular file whose payload lies whole inside the file; a `Damage` with reason
         "damaged header", "cut off" (a payload that ends behind the file's end, or no end marker), "link", "device",
-        "sparse member", "unknown member type", "damaged long name" or "junk after the end".
+        "sparse member", "unknown member type", "damaged long name", "end marker inside" (zeros where a header should
+        be, and more members after them) or "junk after the end".
     """
     offset = 0
     extension = _Extension()
@@ -74,9 +77,11 @@ def walk_tar(read: Read, size: int) -> Iterator[TarMember | Damage]:
         block = read(offset, BLOCK)
         header = parse_header(block)
         if header is None:
-            damage, after = _recover(read, offset, size, zeros=block == _ZEROS)
+            damage, after = _recover(read, offset, size, block)
             if damage is not None:
                 yield damage
+            elif after is not None and after % _RECORD:  # no joint of two whole tars
+                yield Damage(offset, "end marker inside")
             if after is None:
                 if damage is not None and damage.reason == "damaged header" and not _ends_in_zeros(read, size):
                     yield Damage(size, "cut off")
@@ -84,6 +89,10 @@ def walk_tar(read: Read, size: int) -> Iterator[TarMember | Damage]:
             offset, extension = after, _Extension()
             continue
         start = offset + BLOCK
+        if header.kind == _GNU_SPARSE:
+            start = _after_sparse_map(read, block, start)
+        if extension.size is not None and header.kind in _REGULAR:
+            header.size = extension.size
         if start + header.size > size:
             yield Damage(offset, "cut off", extension.path or header.path)
             after = _next_header(read, start, size)
@@ -94,7 +103,7 @@ def walk_tar(read: Read, size: int) -> Iterator[TarMember | Damage]:
         if header.kind in (_PAX, _GNU_NAME):
             extension = _read_extension(read, header, start, extension)
         elif header.kind not in (_PAX_GLOBAL, _GNU_LINK):
-            found = _meet(header, offset, extension)
+            found = _meet(header, offset, extension)  # of a regular file: its payload follows its header
             if found is not None:
                 yield found
             extension = _Extension()
@@ -102,10 +111,10 @@ def walk_tar(read: Read, size: int) -> Iterator[TarMember | Damage]:
     yield Damage(size, "cut off")
 
 
-def _recover(read: Read, offset: int, size: int, zeros: bool) -> tuple[Damage | None, int | None]:
+def _recover(read: Read, offset: int, size: int, block: bytes) -> tuple[Damage | None, int | None]:
     """What a block that is no header means, and where the next header is (None: the shard ends here)."""
-    if not zeros:
-        return Damage(offset, "damaged header"), _next_header(read, offset + BLOCK, size)
+    if block != _ZEROS:
+        return Damage(offset, "damaged header", _legible_path(block)), _next_header(read, offset + BLOCK, size)
     after = _next_block(read, offset, size)
     if after is None:  # the end marker
         return None, None
@@ -129,15 +138,24 @@ def parse_header(block: bytes) -> _Header | None:
     # some old tars summed signed bytes
     if stated != sum(rest) and stated != sum(byte - 256 if byte > 127 else byte for byte in rest):
         return None
-    length = _number(block[124:136])
-    path = block[:100].split(b"\0", 1)[0]
+    length, path = _number(block[124:136]), _path(block)
     if length is None or length < 0 or not path:
         return None
-    if block[257:263] == b"ustar\0" and (prefix := block[345:500].split(b"\0", 1)[0]):
-        path = prefix + b"/" + path
     kind = block[156:157]
     has_payload = kind not in b"123456"
-    return _Header(kind, path.decode("utf-8", "surrogateescape"), length if has_payload else 0)
+    return _Header(kind, path, length if has_payload else 0)
+
+
+def _path(block: bytes) -> str:
+    path = block[:100].split(b"\0", 1)[0]
+    if path and block[257:263] == b"ustar\0" and (prefix := block[345:500].split(b"\0", 1)[0]):
+        path = prefix + b"/" + path
+    return _text(path)
+
+
+def _legible_path(block: bytes) -> str:
+    """The path in a header whose checksum is wrong; empty where the block does not look like a header at all."""
+    return _path(block) if block[257:262] == b"ustar" else ""
 
 
 @dataclass(frozen=True, slots=True)
@@ -145,6 +163,7 @@ class _Extension:
     """What the PAX and GNU headers before a member say of it."""
 
     path: str | None = None
+    size: int | None = None
     refused: str | None = None  # reason
 
 
@@ -182,10 +201,27 @@ def _read_pax(payload: bytes, extension: _Extension) -> _Extension:
             return _Extension(refused="damaged long name")
         if key == b"path":
             extension = replace(extension, path=_text(value))
-        elif key == b"size" or key.startswith(b"GNU.sparse"):
+        elif key == b"size":  # of a member too large for the header's own field, but some writers always give it
+            if not value.isdigit() or len(value) > 20:
+                return _Extension(refused="damaged long name")
+            extension = replace(extension, size=int(value))
+        elif key.startswith(b"GNU.sparse"):
             extension = replace(extension, refused="sparse member")
         position += len(record)
     return extension
+
+
+def _after_sparse_map(read: Read, block: bytes, start: int) -> int:
+    """Where the payload of an old GNU sparse member starts: behind the blocks that go on with its map."""
+    more = block[482]
+    for _ in range(_MAX_SPARSE_BLOCKS):
+        if not more:
+            break
+        block = read(start, BLOCK)
+        if len(block) < BLOCK:
+            break
+        start, more = start + BLOCK, block[504]
+    return start
 
 
 def _text(data: bytes) -> str:
