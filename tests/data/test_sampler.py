@@ -1,62 +1,50 @@
-"""The order: permutations, exact mixtures, mixing, and an exact share-out over ranks."""
+"""The order: the same for ever and for any ranks, each sample once an epoch, exact shares, budgets and repeats."""
 
+import hashlib
 import math
+import pickle
+import tracemalloc
+from collections import Counter
 
-import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from mmfoundry.data.sampler import Order, mix, permute, rank_positions, sample_rng
+from mmfoundry.data.permutation import RUN
+from mmfoundry.data.sampler import Order, Seen, rank_positions, sample_rng
 from mmfoundry.pipeline.errors import ConfigError
 
-GOLDEN_SMALL = [8, 9, 5, 0, 2, 3, 7, 4, 1, 6]
-GOLDEN_LARGE = [988790364, 512186925, 111651523, 349155174]
 GOLDEN_MIXTURE = [(1, 0, 3), (0, 0, 0), (0, 0, 2), (0, 0, 5), (0, 0, 3), (1, 0, 4)]
 
 
-@pytest.mark.parametrize("size", [1, 2, 3, 10, 1000, 4096, 4097, 5000, 16384, 30_000])
-def test_permute_is_a_permutation(size: int) -> None:
-    assert sorted(permute(position, size, seed=11) for position in range(size)) == list(range(size))
-
-
-@given(size=st.integers(1, 10**15), position=st.integers(0, 10**15), seed=st.integers(0, 2**64 - 1))
-def test_permute_stays_in_range_at_any_size(size: int, position: int, seed: int) -> None:
-    assert 0 <= permute(position % size, size, seed) < size
+def digest(order: Order, positions: int) -> str:
+    """Of all draws up to a position, and of some replacements."""
+    draws = [*map(order.at, range(positions)), *(order.redraw(p, 1) for p in range(0, positions, 97))]
+    text = "".join(f"{draw.source} {draw.epoch} {draw.index}\n" for draw in draws)
+    return hashlib.sha256(text.encode()).hexdigest()[:16]
 
 
 def test_the_order_is_fixed_for_good() -> None:
     """A change here breaks the resume of every run that was saved before it."""
-    assert [permute(p, 10, 1) for p in range(10)] == GOLDEN_SMALL
-    assert [permute(p, 10**9, 1) for p in range(4)] == GOLDEN_LARGE
     order = Order([7, 5], [2, 1], seed=3)
     assert [(d.source, d.epoch, d.index) for d in map(order.at, range(6))] == GOLDEN_MIXTURE
+    # taken before there were block shuffles: what fits in one window keeps its order
+    assert digest(Order([612, 3060, 6000], [1, 1, 2], seed=0), 30_000) == "ad0bba5403363795"
+    assert digest(Order([6000], [1.0], seed=5), 15_000) == "39f1ed6eefc849e4"
+    assert digest(Order([65_536], [1.0], seed=1), 20_000) == "0d39351df13f8f9c"
+    # taken when they came
+    assert digest(Order([100_003, 65_537], upsampling=[1, 2], seed=4), 3000) == "70d86ba40f583037"
 
 
-@pytest.mark.parametrize("size", [1000, 50_000])
-def test_mixing_is_that_of_a_random_permutation(size: int) -> None:
-    """Displacement, neighbours and positions of a full shuffle, by statistics with known mean and spread."""
-    for seed in range(5):
-        found = np.array([permute(position, size, mix(seed)) for position in range(size)])
-        place = np.arange(size)
-        # correlation of place and value: standard deviation 1 / sqrt(size - 1)
-        assert abs(np.corrcoef(place, found)[0, 1]) < 4.5 / math.sqrt(size)
-        assert abs(np.corrcoef(found[:-1], found[1:])[0, 1]) < 4.5 / math.sqrt(size)
-        # neighbours that stay neighbours: Poisson with mean 2
-        assert (abs(np.diff(found)) == 1).sum() < 12
-        # where each tenth of the values goes, over tenths of the places: chi-square with 81 degrees of freedom
-        table = np.histogram2d(place, found, bins=10)[0]
-        chi_square = ((table - size / 100) ** 2 / (size / 100)).sum()
-        assert chi_square < 81 + 5 * math.sqrt(2 * 81)
-
-
-def test_epochs_have_orders_of_their_own_and_each_sample_once() -> None:
-    order = Order([50], seed=1)
-    epochs = [[order.at(epoch * 50 + place) for place in range(50)] for epoch in range(3)]
-    assert all(sorted(draw.index for draw in epoch) == list(range(50)) for epoch in epochs)
+@pytest.mark.parametrize(("size", "window"), [(50, 1 << 16), (3000, 512), (2 * RUN + 1, RUN)])
+def test_epochs_have_orders_of_their_own_and_each_sample_once(size: int, window: int) -> None:
+    order = Order([size], seed=1, window=window)
+    epochs = [[order.at(epoch * size + place) for place in range(size)] for epoch in range(3)]
+    assert all(sorted(draw.index for draw in epoch) == list(range(size)) for epoch in epochs)
     assert [{draw.epoch for draw in epoch} for epoch in epochs] == [{0}, {1}, {2}]
     assert len({tuple(draw.index for draw in epoch) for epoch in epochs}) == 3
-    assert [Order([50], seed=2).at(place).index for place in range(50)] != [draw.index for draw in epochs[0]]
+    other = Order([size], seed=2, window=window)
+    assert [other.at(place).index for place in range(size)] != [draw.index for draw in epochs[0]]
 
 
 @settings(max_examples=40, deadline=None)
@@ -80,25 +68,122 @@ def test_weights_are_exact_in_every_block_and_sources_go_round(sizes: list[int],
             assert sorted(mine[start : start + size]) == [(start // size, index) for index in range(size)]
 
 
-def test_odd_weights_are_met_within_a_block() -> None:
-    order = Order([10, 10, 10], [math.pi, math.e, 0.01])
-    share = np.array(order.counts) / order.block
-    np.testing.assert_allclose(share, np.array([math.pi, math.e, 0.01]) / (math.pi + math.e + 0.01), atol=1 / 4096)
-    assert Order([30, 10]).counts == [192, 64]  # without weights, each sample counts alike
+@settings(max_examples=25, deadline=None)
+@given(
+    sources=st.lists(st.tuples(st.integers(1, 1500), st.integers(1, 3)), min_size=1, max_size=3),
+    window=st.integers(RUN, 1000),
+    seed=st.integers(0, 2**64 - 1),
+)
+def test_upsampling_repeats_every_sample_that_often_an_epoch(
+    sources: list[tuple[int, int]], window: int, seed: int
+) -> None:
+    sizes, factors = zip(*sources, strict=True)
+    order = Order(sizes, upsampling=factors, seed=seed, window=window)
+    epoch = order.epoch_samples
+    assert epoch == sum(size * factor for size, factor in sources)
+    for start in (0, epoch):
+        drawn = Counter((d.source, d.index) for d in map(order.at, range(start, start + epoch)))
+        assert drawn == {(s, i): factor for s, (size, factor) in enumerate(sources) for i in range(size)}
 
 
-@pytest.mark.parametrize("weights", [[1.0, 0.0], [1.0, -1.0], [1.0, math.nan], [1.0, 1e-9], [1.0]])
-def test_weights_that_cannot_be_met_are_refused(weights: list[float]) -> None:
-    with pytest.raises(ConfigError, match="weight"):
-        Order([5, 5], weights)
+def test_half_a_pass_takes_the_other_half_in_the_next_epoch() -> None:
+    order = Order([100, 300], upsampling=[0.5, 1], seed=1)
+    assert (order.epoch_samples, list(order.counts)) == (350, [50, 300])
+    halves = [
+        {d.index for d in map(order.at, range(epoch * 350, (epoch + 1) * 350)) if d.source == 0} for epoch in (0, 1)
+    ]
+    assert [len(half) for half in halves] == [50, 50]
+    assert halves[0] | halves[1] == set(range(100))
+    assert list(Order([30, 10]).counts) == [30, 10]  # by default each sample comes once
 
 
-@given(start=st.integers(0, 10**12), each=st.integers(1, 50), world=st.integers(1, 16))
-def test_ranks_share_a_step_exactly(start: int, each: int, world: int) -> None:
+@settings(max_examples=30, deadline=None)
+@given(
+    sizes=st.lists(st.integers(1, 900), min_size=1, max_size=3),
+    weighted=st.booleans(),
+    position=st.integers(0, 5000),
+    seed=st.integers(0, 2**32),
+)
+def test_repeats_are_counted_exactly(sizes: list[int], weighted: bool, position: int, seed: int) -> None:
+    factors = [2.0, 1.0, 0.7][: len(sizes)]
+    order = Order(sizes, factors if weighted else None, seed, upsampling=None if weighted else [2, 1, 3][: len(sizes)])
+    drawn = Counter((d.source, d.index) for d in map(order.at, range(position)))
+    for source, (seen, size) in enumerate(zip(order.seen(position), sizes, strict=True)):
+        times = [drawn[source, index] for index in range(size)]
+        assert (seen.drawn, seen.samples) == (sum(times), size)
+        assert (seen.unique, seen.repeats) == (sum(map(bool, times)), sum(max(0, time - 1) for time in times))
+        assert sorted(set(times)) == sorted({seen.drawn // size, -(-seen.drawn // size)})
+
+
+def test_a_budget_is_in_samples_or_in_epochs() -> None:
+    order = Order([100, 50], upsampling=[1, 3])
+    assert (order.budget(), order.budget(samples=1234), order.budget(epochs=2)) == (None, 1234, 500)
+    assert order.budget(epochs=0.5) == 125
+    assert Order([70], [2.5]).budget(epochs=3) == 210  # the weight of a single source says nothing
+    assert order.seen(500) == [Seen(200, 100), Seen(300, 50)]
+    with pytest.raises(ConfigError, match="no common epoch"):
+        Order([5, 5], [1, 1]).budget(epochs=1)
+    with pytest.raises(ConfigError, match="not both"):
+        order.budget(epochs=1, samples=1)
+    for nothing in ({"epochs": 0.0}, {"samples": 0}, {"samples": -5}, {"epochs": -1.0}):
+        with pytest.raises(ConfigError, match="budget"):
+            order.budget(**nothing)
+
+
+def test_mixtures_that_cannot_be_meant_are_refused() -> None:
+    for options, named in (
+        ({"weights": [1, 1], "upsampling": [1, 1]}, "not both"),
+        ({"upsampling": [1]}, "as many upsampling"),
+        ({"upsampling": [1, math.inf]}, "above 0"),
+        ({"upsampling": [1, 0.01]}, "no sample of its 5"),
+        ({"weights": [1.0, 0.0]}, "weight"),
+        ({"window": RUN - 1}, "window is 255; it needs at least 256"),
+    ):
+        with pytest.raises(ConfigError, match=named):
+            Order([5, 5], **options)
+    for sizes in ([], [3, 0]):
+        with pytest.raises(ConfigError, match="sources with samples"):
+            Order(sizes)
+
+
+@given(
+    start=st.integers(0, 10**12),
+    each=st.integers(1, 50),
+    world=st.integers(1, 16),
+    short=st.integers(0, 900),
+)
+def test_ranks_share_a_step_exactly(start: int, each: int, world: int, short: int) -> None:
     parts = [rank_positions(start, each * world, rank, world) for rank in range(world)]
     assert sorted(position for part in parts for position in part) == list(range(start, start + each * world))
     assert {len(part) for part in parts} == {each}
     assert [part[0] for part in parts] == list(range(start, start + world))
+    short = min(short, each * world)
+    cut = [rank_positions(start, each * world, rank, world, end=start + short) for rank in range(world)]
+    assert sorted(position for part in cut for position in part) == list(range(start, start + short))
+    assert max(map(len, cut)) - min(map(len, cut)) <= 1
+
+
+@settings(max_examples=30, deadline=None)
+@given(
+    worlds=st.lists(st.tuples(st.integers(1, 8), st.integers(1, 40), st.integers(0, 9)), min_size=2, max_size=4),
+    sizes=st.lists(st.integers(1, 2000), min_size=1, max_size=3),
+    window=st.integers(RUN, 3000),
+    seed=st.integers(0, 2**64 - 1),
+)
+def test_ranks_and_batches_may_change_anywhere(
+    worlds: list[tuple[int, int, int]], sizes: list[int], window: int, seed: int
+) -> None:
+    """A run that is cut off and goes on with other ranks and batches draws what an uninterrupted one draws."""
+    whole, resumed = Order(sizes, seed=seed, window=window), []
+    position = 0
+    for world, each, steps in worlds:
+        order = pickle.loads(pickle.dumps(Order(sizes, seed=seed, window=window)))  # as in a worker of its own
+        for _ in range(steps):
+            parts = [rank_positions(position, each * world, rank, world) for rank in range(world)]
+            draws = [[order.at(p) for p in part] for part in parts]
+            resumed += [draws[place % world][place // world] for place in range(each * world)]
+            position += each * world
+    assert resumed == [whole.at(p) for p in range(position)]
 
 
 def test_a_batch_that_cannot_be_shared_is_refused() -> None:
@@ -123,13 +208,16 @@ def test_every_position_has_a_generator_of_its_own() -> None:
     assert sample_rng(1, 7).random() == sample_rng(1, 7).random()
 
 
-def test_a_billion_samples_need_no_memory() -> None:
-    import tracemalloc
-
-    tracemalloc.start()
-    order = Order([10**9, 10**10], [3, 1])
-    for position in range(0, 10**12, 10**10):
-        order.at(position)
-    peak = tracemalloc.get_traced_memory()[1]
-    tracemalloc.stop()
-    assert peak < 2 << 20
+def test_memory_does_not_grow_with_the_number_of_samples() -> None:
+    """Draws all over the order, so that whatever is kept per window, epoch or run has every chance to pile up."""
+    peaks = []
+    for size in (10**6, 10**9, 10**12):
+        tracemalloc.start()
+        order = Order([size, 10 * size], upsampling=[3, 1])
+        for position in range(0, 10 * size, size // 5):  # each in another window and epoch
+            order.at(position)
+        peaks.append(tracemalloc.get_traced_memory()[1])
+        tracemalloc.stop()
+    # what is kept of recent windows and blocks, which are alike at all three sizes
+    assert max(peaks) < 16 << 20
+    assert peaks[2] < 2 * peaks[0]
