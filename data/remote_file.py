@@ -1,4 +1,4 @@
-"""A shard behind a URL: aligned blocks, kept on a disk (`range_cache.py`), asked for ahead of time and, if need be, again.
+"""A shard behind a URL: aligned blocks, kept on a disk (`range_cache.py`), asked for ahead of time and, if lost, again.
 
 What a connection brought before it broke off is kept: the next attempt goes on from there. An outage that outlasts all
 attempts stops the run with an error instead of costing samples: what is skipped must not depend on the weather.
@@ -16,7 +16,7 @@ from typing import TypeVar
 
 from mmfoundry.data.decode import UnreadableSample
 from mmfoundry.data.range_cache import RangeCache
-from mmfoundry.data.remote_source import Changed, Source, is_permanent, open_source
+from mmfoundry.data.remote_source import Changed, Source, is_permanent, open_source, reason
 from mmfoundry.data.storage import RemoteOptions, ShardFile, user_cache
 from mmfoundry.pipeline.errors import MissingInput, StorageError
 
@@ -124,6 +124,7 @@ class RemoteFile(ShardFile):
         self._next, self._steps = 0, 0  # where a reader in sequence would go on, and how often it did; only hints
 
     def read(self, offset: int, count: int) -> bytes:
+        """As `ShardFile.read`; by blocks, except where nothing would keep the rest of a block."""
         count = min(count, self.size - offset)
         if count <= 0:
             return b""
@@ -153,11 +154,11 @@ class RemoteFile(ShardFile):
                 source.fetch(offset + len(got), count - len(got), got)
             return bytes(got)
 
-        return _attempt(go_on, source, self._options, got)
+        return attempt(go_on, source, self._options, got)
 
     def _connect(self, url: str) -> Source:
         source = open_source(url, self._options.stall_s)
-        _attempt(source.open, source, self._options)
+        attempt(source.open, source, self._options)
         return source
 
     def _connected(self) -> Source:
@@ -171,7 +172,7 @@ class RemoteFile(ShardFile):
             return self._source
 
 
-def _attempt(
+def attempt(
     work: Callable[[], _Result], source: Source, options: RemoteOptions, progress: bytearray | None = None
 ) -> _Result:
     """Call `work` until it returns, waiting longer from failure to failure; the errors of `ShardFile.read`.
@@ -191,7 +192,7 @@ def _attempt(
         except Changed as error:
             raise UnreadableSample("shard changed", f"{source.name} is not what it was when opened") from error
         except source.transient as error:
-            why = f"{type(error).__name__}: {error}" if str(error) else type(error).__name__
+            why = reason(error, source)
             if is_permanent(error):
                 raise StorageError(f"{source.name}: access is refused ({why})") from error
             now = len(progress or b"")

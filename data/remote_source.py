@@ -1,11 +1,12 @@
 """One remote shard as its server gives it: size, version, and ranges of bytes; one attempt each, no retries.
 
-fsspec opens the connections, with its own settings (`~/.config/fsspec/*.json`, `FSSPEC_S3_ENDPOINT_URL`, ...). From http
-servers ranges are read chunk by chunk, so that what came before a connection broke off is not lost.
+fsspec opens the connections, with its own settings (`~/.config/fsspec/*.json`, `FSSPEC_S3_ENDPOINT_URL`, ...). From
+http servers ranges are read chunk by chunk, so that what came before a connection broke off is not lost.
 """
 
 import asyncio
 from abc import ABC, abstractmethod
+from collections.abc import Callable
 from typing import Any
 from urllib.parse import urlsplit, urlunsplit
 
@@ -18,6 +19,10 @@ _RETRIED = (408, 425, 429)  # of the 4xx, those that a server means for now
 
 class Changed(Exception):
     """The shard is not the one that was opened."""
+
+
+class NoRanges(StorageError):
+    """The server gives a file as a whole only."""
 
 
 class Source(ABC):
@@ -43,7 +48,7 @@ class Source(ABC):
 
         Raises:
             FileNotFoundError: no such shard.
-            StorageError: the server serves no ranges.
+            NoRanges: the server serves no ranges.
         """
 
     @abstractmethod
@@ -54,6 +59,10 @@ class Source(ABC):
             FileNotFoundError: no such shard any more.
             Changed: it is another one now.
         """
+
+    def whole(self, write: Callable[[bytes], object]) -> None:
+        """Hand the whole shard to `write`, chunk by chunk; for servers that serve no ranges."""
+        raise NoRanges(f"{self.name}: it is read by ranges only")
 
 
 def open_source(url: str, stall_s: float) -> Source:
@@ -92,6 +101,13 @@ def is_permanent(error: BaseException) -> bool:
     return isinstance(status, int) and 400 <= status < 500 and status not in _RETRIED
 
 
+def reason(error: BaseException, source: Source) -> str:
+    """What to say of an error; messages of http clients quote the URL, with all that is secret in it."""
+    status = getattr(error, "status", None)
+    text = f"status {status}" if isinstance(status, int) else str(error).replace(source.url, source.name)
+    return f"{type(error).__name__}: {text}" if text else type(error).__name__
+
+
 class _Http(Source):
     """A shard on a web server."""
 
@@ -105,10 +121,16 @@ class _Http(Source):
         self.transient = (OSError, EOFError, aiohttp.ClientError)
 
     def open(self) -> None:
+        """As `Source.open`."""
         self._sync(self._probe())
 
     def fetch(self, offset: int, count: int, into: bytearray) -> None:
+        """As `Source.fetch`."""
         self._sync(self._range(offset, count, into))
+
+    def whole(self, write: Callable[[bytes], object]) -> None:
+        """As `Source.whole`; an error if the server breaks off."""
+        self._sync(self._whole(write))
 
     def _sync(self, work: Any) -> None:
         asyncio.run_coroutine_threadsafe(work, self._system.loop).result()
@@ -131,9 +153,9 @@ class _Http(Source):
                 return  # an empty file has no first byte
             response.raise_for_status()
             if response.status != 206 or total is None:
-                raise StorageError(
-                    f"{self.name}: the server gives no ranges of bytes, so single samples cannot be read; copy the shard "
-                    "to a disk, or read it as a stream (mmfoundry.data.stream)"
+                raise NoRanges(
+                    f"{self.name}: the server gives no ranges of bytes, so single samples cannot be read; copy the "
+                    "shard to a disk, or read it as a stream (mmfoundry.data.stream)"
                 )
             self.size, self.version = total, _version(response)
 
@@ -152,6 +174,16 @@ class _Http(Source):
                 if len(into) == end:  # whatever the server may still send
                     return
         raise EOFError("the answer is shorter than the range")
+
+    async def _whole(self, write: Callable[[bytes], object]) -> None:
+        session = await self._system.set_session()
+        url = self._system.encode_url(self.url)
+        async with session.get(url, timeout=self._timeout, **self._system.kwargs) as response:
+            if response.status == 404 or response.status == 410:
+                raise FileNotFoundError(self.name)
+            response.raise_for_status()
+            async for chunk in response.content.iter_any():
+                write(chunk)
 
 
 def _total(response: Any) -> int | None:
@@ -193,12 +225,14 @@ class _Bucket(Source):
         self._system, self._path = fsspec.core.url_to_fs(url, use_listings_cache=False)
 
     def open(self) -> None:
+        """As `Source.open`."""
         self._file = self._system.open(self._path, "rb", cache_type="none")
         details = self._file.details
         self.size = int(self._file.size)
         self.version = next((str(details[name]) for name in _VERSIONS if details.get(name)), "")
 
     def fetch(self, offset: int, count: int, into: bytearray) -> None:
+        """As `Source.fetch`."""
         try:
             data = self._file._fetch_range(offset, offset + count)  # what every file of fsspec's is made of
         except self._changed as error:

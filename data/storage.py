@@ -94,6 +94,7 @@ class LocalFile(ShardFile):
         self.identity = str(status.st_mtime_ns)
 
     def read(self, offset: int, count: int) -> bytes:
+        """As `ShardFile.read`."""
         data = os.pread(self._descriptor, count, offset)
         while len(data) < count:  # a read may be short on network disks, and of more than 2 GiB
             more = os.pread(self._descriptor, count - len(data), offset + len(data))
@@ -103,6 +104,7 @@ class LocalFile(ShardFile):
         return data
 
     def close(self) -> None:
+        """Close the descriptor; may be called twice."""
         if self._descriptor >= 0:
             os.close(self._descriptor)
             self._descriptor = -1
