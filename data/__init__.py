@@ -9,6 +9,8 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from mmfoundry.data.decode import DecodeLimits, UnreadableSample
     from mmfoundry.data.loader import Loader, Source
+    from mmfoundry.data.pairs import PairEncoder
+    from mmfoundry.data.ragged import Ragged
     from mmfoundry.data.reader import Pool
     from mmfoundry.data.sample import RawSample, Sample
     from mmfoundry.data.shards import write_shards
@@ -18,7 +20,9 @@ _HOMES = {
     "DecodeLimits": "decode",
     "EvalTransform": "transforms",
     "Loader": "loader",
+    "PairEncoder": "pairs",
     "Pool": "reader",
+    "Ragged": "ragged",
     "RawSample": "sample",
     "Sample": "sample",
     "Source": "loader",
@@ -31,7 +35,9 @@ __all__ = [
     "DecodeLimits",
     "EvalTransform",
     "Loader",
+    "PairEncoder",
     "Pool",
+    "Ragged",
     "RawSample",
     "Sample",
     "Source",

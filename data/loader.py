@@ -8,47 +8,50 @@
 What a batch holds depends on the seed and its position alone: not on ranks, workers, or where a run was cut off.
 """
 
-from collections import deque
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
+from __future__ import annotations
+
+from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
+from contextlib import closing
 from dataclasses import dataclass
 from pathlib import Path
-from threading import Lock
-from typing import Any
+from typing import TYPE_CHECKING, Any, Literal
 
-import numpy as np
-
-from mmfoundry.data.decode import DecodeLimits, UnreadableSample
+from mmfoundry.data.batch_maker import BatchMaker, Collate, Encode, Made
+from mmfoundry.data.decode import DecodeLimits
+from mmfoundry.data.device_batches import on_device
+from mmfoundry.data.gather import Batch, stack
 from mmfoundry.data.index import ShardSpec
+from mmfoundry.data.permutation import WINDOW
 from mmfoundry.data.reader import Pool
-from mmfoundry.data.sample import Sample, to_sample
-from mmfoundry.data.sampler import Draw, Order, rank_positions, sample_rng
-from mmfoundry.data.tally import Skip, Tally
+from mmfoundry.data.sampler import Order, rank_positions
+from mmfoundry.data.tally import Skip, Tally, joint_counts
+from mmfoundry.data.workers import in_processes, in_this_thread, in_threads
 from mmfoundry.pipeline.errors import ConfigError
 
-Batch = dict[str, Any]
-Encode = Callable[[Sample, np.random.Generator], Mapping[str, Any]]
-Collate = Callable[[list[Mapping[str, Any]]], Batch]
-_MAX_REDRAWS = 100  # in a row, for one place
+if TYPE_CHECKING:  # torch takes a second to import, and a worker process does without
+    import torch
+    from torch.distributed import ProcessGroup
+
+__all__ = ["Batch", "Collate", "Encode", "Loader", "Source", "stack"]
 
 
 @dataclass(frozen=True)
 class Source:
-    """Shards to draw from, or a pool that is open already, and their share in what is drawn (in any unit)."""
+    """Shards to draw from, and how often.
 
-    shards: "ShardSpec | Pool"
+    Attributes:
+        shards: where they are, or a pool that is open already.
+        weight: share in what is drawn, in any unit; not looked at where a source has `upsampling`.
+        upsampling: how often each sample comes in an epoch of the mixture; where one source has it, all must.
+    """
+
+    shards: ShardSpec | Pool
     weight: float = 1.0
-
-
-@dataclass(frozen=True, slots=True)
-class _Made:
-    batch: Batch | None  # None: given up, the skips are past the limit
-    drawn: int
-    skips: list[Skip]
+    upsampling: float | None = None
 
 
 class Loader:
-    """Batches of one rank: an endless iterable with a position.
+    """Batches of one rank: an iterable with a position, endless unless told otherwise.
 
     A sample that cannot be read, or whose `encode` raises UnreadableSample, is counted in `tally`, logged, and replaced
     by another of its source; which one is a function of its position, so that all other places stay as they were.
@@ -65,30 +68,52 @@ class Loader:
         rank: int = 0,
         world_size: int = 1,
         num_workers: int = 1,
+        workers: Literal["thread", "process"] = "thread",
         prefetch: int = 2,
         max_unreadable: float = 0.01,
         skip_log: Path | None = None,
         limits: DecodeLimits | None = None,
         cache_bytes: int = 0,
+        epochs: float | None = None,
+        samples: int | None = None,
+        window: int = WINDOW,
+        finish: Callable[[Batch], Batch] | None = None,
+        device: torch.device | str | None = None,
+        group: ProcessGroup | None = None,
     ):
         """Open the sources.
 
         Args:
             sources: what to draw from; their weights are exact in every block of the order.
             batch_size: samples per step over all ranks; each rank gets `batch_size / world_size` of them.
-            encode: sample and its own generator -> named arrays (of one shape over the batch), numbers or strings.
-                Called in worker threads; the sample is read-only where `cache_bytes` is set. Everything random must
-                come from the generator.
-            collate: list of what `encode` returned -> batch; by default `stack`.
+            encode: sample and its own generator -> named arrays (of one shape over the batch, or `Ragged.one(array)`),
+                numbers or strings. Called where batches are made, so with `workers="process"` it must be a function
+                or object of a module; the sample is read-only where `cache_bytes` is set. Everything random must come
+                from the generator.
+            collate: list of what `encode` returned -> batch, where batches are made. By default fields are gathered by
+                name: arrays and numbers to tensors (b, ...), `Ragged` rows to one `Ragged`, others to lists.
             seed: of the order and of every sample's generator.
             rank: this process's number.
             world_size: number of processes that share each step.
-            num_workers: threads that make batches; 0 makes each one when it is asked for.
-            prefetch: batches that each thread may be ahead.
+            num_workers: threads or processes that make batches; 0 makes each one when it is asked for.
+            workers: "thread": they share memory, and Python's lock for what is not decoding. "process": they share
+                nothing but the batches, which lie in shared memory; start the program under
+                `if __name__ == "__main__":`.
+            prefetch: batches that each worker may be ahead.
             max_unreadable: fraction of the samples drawn by this rank; see `tally.Tally` for the rule.
             skip_log: JSONL file to which skipped samples are appended.
             limits: what an image may weigh.
-            cache_bytes: decoded samples are kept in memory until they take this much; for pools that fit.
+            cache_bytes: decoded samples are kept in memory until they take this much; for pools that fit. Worker
+                processes have an equal part of it each.
+            epochs: passes over the mixture after which iteration ends; the last step may be a smaller one, and its
+                shares may differ by one between ranks.
+            samples: the same as a number of samples, over all ranks and counted from position 0.
+            window: samples of a large source that are shuffled together; see `sampler.Order`.
+            finish: what is done to a batch of tensors in this process before it is handed out (padding, say).
+            device: where batches are handed out. For a CUDA device they are pinned and copied on a stream of their own
+                while the batch before is computed on.
+            group: ranks over which `counters` and `state_dict` sum what was skipped; those are then to be called on
+                all of them. None: this rank's alone.
         Raises:
             ConfigError: the batch cannot be shared evenly, or a number is out of range.
             MissingInput: a source has no shards or no readable sample.
@@ -96,15 +121,31 @@ class Loader:
         """
         if num_workers < 0 or prefetch < 1:
             raise ConfigError(f"num_workers is {num_workers}, prefetch {prefetch}; needs at least 0 and 1")
+        if workers not in ("thread", "process"):
+            raise ConfigError(f"workers is {workers!r}; thread and process are known")
         rank_positions(0, batch_size, rank, world_size)  # refuses what cannot be shared
         self.pools = [source.shards if isinstance(source.shards, Pool) else Pool(source.shards) for source in sources]
-        self.order = Order([len(pool) for pool in self.pools], [source.weight for source in sources], seed)
+        self.order = _order(self.pools, sources, seed, window)
+        self._end = self.order.budget(epochs, samples)
         self.batch_size, self.seed, self.rank, self.world_size = batch_size, seed, rank, world_size
         self.tally = Tally(max_unreadable, skip_log)
-        self._encode, self._collate = encode, collate or stack
-        self._num_workers, self._prefetch = num_workers, prefetch
-        self._limits = limits or DecodeLimits()
-        self._cache = _Cache(cache_bytes)
+        in_process = workers == "process" and num_workers > 0
+        self._maker = BatchMaker(
+            self.pools,
+            self.order,
+            encode,
+            None if collate is stack else collate,
+            batch_size=batch_size,
+            rank=rank,
+            world_size=world_size,
+            max_unreadable=max_unreadable,
+            limits=limits,
+            cache_bytes=cache_bytes // num_workers if in_process else cache_bytes,
+            end=self._end,
+        )
+        self._num_workers, self._workers, self._prefetch = num_workers, workers, prefetch
+        self._finish, self._device, self._group = finish, device, group
+        self._before: dict[str, float] = {}  # counters of the runs that this one goes on from
         self._consumed = 0
         self._report_damage(max_unreadable, skip_log)
 
@@ -114,13 +155,28 @@ class Loader:
         return self._consumed
 
     def state_dict(self) -> dict[str, Any]:
-        """The position, and what the order depends on; plain JSON, equal on all ranks."""
+        """The position, what the order depends on, and what was skipped so far; plain JSON.
+
+        Equal on all ranks but for `counters`, which are the joint ones where a `group` was given.
+        """
         return {
             "samples_consumed": self._consumed,
+            "counters": self.counters(),
+            **self._order_state(),
+        }
+
+    def _order_state(self) -> dict[str, Any]:
+        return {
             "seed": self.seed,
             "sources": [
-                {"name": pool.name, "samples": size, "bytes": pool.total_bytes, "per_block": count}
-                for pool, size, count in zip(self.pools, self.order.sizes, self.order.counts, strict=True)
+                {
+                    "name": pool.name,
+                    "samples": len(pool),
+                    "bytes": pool.total_bytes,
+                    "per_block": self.order.counts[number],
+                    "windows": self.order.windows[number],
+                }
+                for number, pool in enumerate(self.pools)
             ],
         }
 
@@ -132,80 +188,47 @@ class Loader:
         Raises:
             ConfigError: seed, sources or weights are not those of the saved state, so that the order is another one.
         """
-        mine = self.state_dict()
+        mine = self._order_state()
         for what in ("seed", "sources"):
             was, now = (_identity(state, what), _identity(mine, what))
             if was != now:
                 raise ConfigError(f"the saved position is in another order of samples: its {what} {was}, now {now}")
         self._consumed = int(state["samples_consumed"])
+        self._before = {str(name): float(count) for name, count in state.get("counters", {}).items()}
+        self.tally.restart()
 
     def __iter__(self) -> Iterator[Batch]:
-        """Batches from the present position on, without end."""
+        """Batches from the present position on, without end unless `epochs` or `samples` set one."""
         start = self._consumed
+        with closing(self._ahead(start)) as ahead:
+            for made in ahead:
+                # counting here, in order, keeps what was read ahead out of the numbers
+                self.tally.add(made.drawn, made.skips)
+                if made.batch is None:
+                    self.tally.stop()
+                    return
+                start = min(start + self.batch_size, self._end or start + self.batch_size)
+                self._consumed = start
+                if made.batch:
+                    yield made.batch
+                del made  # else its memory is not free while the next is waited for
+
+    def _ahead(self, start: int) -> Generator[Made, None, None]:
         if self._num_workers == 0:
-            while True:
-                made = self._make(start)
-                start = self._account(made, start)
-                yield made.batch  # type: ignore[misc]  # _account has raised where there is none
-        ahead: deque[Future[_Made]] = deque()
-        workers = ThreadPoolExecutor(self._num_workers, thread_name_prefix="loader")
-        try:
-            next_start = start
-            while True:
-                while len(ahead) < self._num_workers * self._prefetch:
-                    ahead.append(workers.submit(self._make, next_start))
-                    next_start += self.batch_size
-                made = ahead.popleft().result()
-                start = self._account(made, start)
-                yield made.batch  # type: ignore[misc]
-        finally:
-            workers.shutdown(wait=True, cancel_futures=True)
+            made = in_this_thread(self._maker, start)
+        elif self._workers == "thread":
+            made = in_threads(self._maker, start, self._num_workers, self._prefetch)
+        else:
+            made = in_processes(self._maker, start, self._num_workers, self._prefetch)
+        return on_device(made, self._device, self._finish)
 
-    def _account(self, made: _Made, start: int) -> int:
-        """Count a batch as consumed; counting here, in order, keeps what was read ahead out of the numbers."""
-        self.tally.add(made.drawn, made.skips)
-        if made.batch is None:
-            self.tally.stop()
-        self._consumed = start + self.batch_size
-        return self._consumed
+    def counters(self) -> dict[str, float]:
+        """`drawn`, `skipped` and `skipped/<source>/<reason>` since the run's first start, summed over `group`.
 
-    def _make(self, start: int) -> _Made:
-        """Read and encode this rank's share of the step that starts at `start`."""
-        positions = rank_positions(start, self.batch_size, self.rank, self.world_size)
-        rows: list[Mapping[str, Any]] = []
-        skips: list[Skip] = []
-        # a batch that is past what the whole run up to its end may skip need not be finished
-        enough = self.tally.allowed(start + self.batch_size)
-        for position in positions:
-            draw = self.order.at(position)
-            for attempt in range(1, _MAX_REDRAWS + 1):
-                try:
-                    rows.append(self._row(draw, position))
-                    break
-                except UnreadableSample as error:
-                    skips.append(self._skip(draw, position, error))
-                    draw = self.order.redraw(position, attempt)
-                if len(skips) > enough or attempt == _MAX_REDRAWS:
-                    return _Made(None, len(rows) + len(skips), skips)
-        return _Made(self._collate(rows), len(rows) + len(skips), skips)
-
-    def _row(self, draw: Draw, position: int) -> Mapping[str, Any]:
-        sample = self._cache.get(draw)
-        if sample is None:
-            sample = to_sample(self.pools[draw.source].get(draw.index), self._limits)
-            self._cache.put(draw, sample)
-        try:
-            return self._encode(sample, sample_rng(self.seed, position))
-        except UnreadableSample:
-            raise
-        except Exception as error:
-            error.add_note(f"while encoding sample {sample.key} of {self.pools[draw.source].name}")
-            raise
-
-    def _skip(self, draw: Draw, position: int, error: UnreadableSample) -> Skip:
-        pool = self.pools[draw.source]
-        index, local = pool.locate(draw.index)
-        return Skip(pool.name, str(index.shard), index.key(local), error.reason, error.detail, position)
+        With a group it must be called on all of its ranks.
+        """
+        counts = joint_counts(self.tally.as_metrics(), self._group)
+        return {name: counts.get(name, 0.0) + self._before.get(name, 0.0) for name in sorted({*counts, *self._before})}
 
     def _report_damage(self, limit: float, log: Path | None) -> None:
         """Log what the indexes could not read; once, by the first rank. Every rank stops where it is too much."""
@@ -219,45 +242,18 @@ class Loader:
         self.damage = damage
 
 
-class _Cache:
-    """Decoded samples up to a number of bytes; what does not fit is decoded again, as an order without repeats within
-    an epoch would only push out what is needed sooner."""
-
-    def __init__(self, max_bytes: int):
-        self._free = max_bytes
-        self._samples: dict[tuple[int, int], Sample] = {}
-        self._lock = Lock()
-
-    def get(self, draw: Draw) -> Sample | None:
-        return self._samples.get((draw.source, draw.index))
-
-    def put(self, draw: Draw, sample: Sample) -> None:
-        size = sample.image.nbytes + 2048  # a guess at captions and metadata
-        with self._lock:
-            if size > self._free or (draw.source, draw.index) in self._samples:
-                return
-            sample.image.flags.writeable = False
-            self._samples[draw.source, draw.index] = sample
-            self._free -= size
-
-
-def stack(rows: list[Mapping[str, Any]]) -> Batch:
-    """Collate by name: arrays and numbers are stacked into tensors (b, ...) of their own dtype, others listed."""
-    import torch
-
-    batch: Batch = {}
-    for name, first in rows[0].items():
-        values = [row[name] for row in rows]
-        if isinstance(first, torch.Tensor):
-            batch[name] = torch.stack(values)
-        elif isinstance(first, np.ndarray | np.number | int | float | bool):
-            batch[name] = torch.from_numpy(np.stack(values))
-        else:
-            batch[name] = values
-    return batch
+def _order(pools: Sequence[Pool], sources: Sequence[Source], seed: int, window: int) -> Order:
+    sizes = [len(pool) for pool in pools]
+    upsampling = [source.upsampling for source in sources]
+    if all(factor is None for factor in upsampling):
+        return Order(sizes, [source.weight for source in sources], seed, window=window)
+    if any(factor is None for factor in upsampling):
+        raise ConfigError("either all sources have upsampling or none has; give the others 1")
+    return Order(sizes, None, seed, upsampling=[factor for factor in upsampling if factor is not None], window=window)
 
 
 def _identity(state: Mapping[str, Any], what: str) -> Any:
     if what == "seed":
         return state["seed"]
-    return [(source["samples"], source["bytes"], source["per_block"]) for source in state["sources"]]  # may be moved
+    # by content, as shards may be moved; sources that fit in one window say nothing about its size
+    return [(each["samples"], each["bytes"], each["per_block"], each.get("windows", 1)) for each in state["sources"]]

@@ -3,11 +3,15 @@
 import json
 import os
 from collections import Counter
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from mmfoundry.pipeline.errors import ConfigError, TooManyUnreadable
+
+if TYPE_CHECKING:  # a worker process reads without torch
+    from torch.distributed import ProcessGroup
 
 MIN_DRAWN = 1000  # so that one bad sample among the first few does not stop a run whose rate is low
 
@@ -81,6 +85,11 @@ class Tally:
         if skips and self.skipped > self.allowed(self.drawn):
             self.stop()
 
+    def restart(self) -> None:
+        """Count from nothing again."""
+        self.drawn = 0
+        self.counts.clear()
+
     def stop(self) -> None:
         """Raise TooManyUnreadable with the counts so far."""
         reasons = Counter[str]()
@@ -100,6 +109,31 @@ class Tally:
         for (source, reason), count in sorted(self.counts.items()):
             metrics[f"skipped/{source}/{reason}"] = float(count)
         return metrics
+
+
+def joint_counts(counts: Mapping[str, float], group: "ProcessGroup | None") -> dict[str, float]:
+    """Sum named counts over ranks, each of which may have names that others lack (reasons that it alone met).
+
+    Args:
+        counts: of this rank.
+        group: the ranks to sum over, all of which call this; None: this process alone.
+    """
+    if group is None:
+        return dict(counts)
+    import torch
+    import torch.distributed as dist
+
+    device = "cuda" if dist.get_backend(group) == "nccl" else "cpu"
+    mine = json.dumps(dict(counts)).encode()
+    length = torch.tensor([len(mine)], device=device)
+    dist.all_reduce(length, op=dist.ReduceOp.MAX, group=group)
+    padded = torch.tensor(list(mine.ljust(int(length))), dtype=torch.uint8, device=device)
+    gathered = [torch.empty_like(padded) for _ in range(dist.get_world_size(group))]
+    dist.all_gather(gathered, padded, group=group)
+    joint: Counter[str] = Counter()
+    for each in gathered:
+        joint.update(json.loads(bytes(each.tolist())))
+    return dict(joint)
 
 
 def append_jsonl(path: Path, skips: Iterable[Skip]) -> None:

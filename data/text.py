@@ -11,6 +11,7 @@ from mmfoundry.data.decode import UnreadableSample
 from mmfoundry.pipeline.errors import ConfigError
 
 if TYPE_CHECKING:
+    from mmfoundry.data.clip_words import ClipWords
     from mmfoundry.data.sample import Sample
 
 CONTEXT_LENGTH = 77  # tokens, of OpenAI's CLIP
@@ -38,8 +39,12 @@ class ClipTokenizer:
                 f"a context length of {context_length} tokens has no room for start and end; use 2 or more"
             )
         self.context_length = context_length
-        self._base: Any = _simple_tokenizer()
+        self._base = _words()
         self._cached = lru_cache(maxsize=cached_captions)(self._encode)
+        self._cached_captions = cached_captions
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return ClipTokenizer, (self.context_length, self._cached_captions)  # another process loads it for itself
 
     @property
     def vocab_size(self) -> int:
@@ -96,15 +101,12 @@ def choose_caption(sample: "Sample", rng: np.random.Generator) -> str:
 
 
 @lru_cache(maxsize=1)
-def _load_simple_tokenizer() -> Any:
-    from mmfoundry.pipeline.torchvision_ops import declare_missing_ops
+def _load_words() -> "ClipWords":
+    from mmfoundry.data.clip_words import ClipWords  # here, as reading text needs no vocabulary
 
-    declare_missing_ops()  # open_clip imports torchvision
-    from open_clip.tokenizer import SimpleTokenizer
-
-    return SimpleTokenizer()
+    return ClipWords()
 
 
-def _simple_tokenizer() -> Any:
-    with _load_lock:  # an import that two worker threads start at once would load the vocabulary twice
-        return _load_simple_tokenizer()
+def _words() -> "ClipWords":
+    with _load_lock:  # two worker threads that start at once would load the vocabulary twice
+        return _load_words()

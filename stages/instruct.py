@@ -224,6 +224,7 @@ def make_loader(
         rank=context.runtime.rank,
         world_size=context.runtime.world_size,
         skip_log=context.work / SKIP_LOG,
+        group=context.runtime.group,
         **config.model_dump(),
     )
 

@@ -9,21 +9,16 @@ TensorBoard's files, and `skipped.jsonl` if samples could not be read.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from typing import Annotated, Any
+from typing import Annotated, Literal
 
-import numpy as np
 from pydantic import Field, model_validator
 
-from mmfoundry.data.loader import Batch, Loader, Source, stack
-from mmfoundry.data.sample import Sample
-from mmfoundry.data.text import choose_caption, clip_tokenizer
-from mmfoundry.data.transforms import TrainTransform
+from mmfoundry.data.loader import Loader, Source
+from mmfoundry.data.pairs import PairEncoder, pad_text
 from mmfoundry.models.clip import CLIP, ClipConfig
 from mmfoundry.models.interop.load import load_any_clip
 from mmfoundry.models.io import save_clip
 from mmfoundry.models.objectives import OBJECTIVES, weighted_sum
-from mmfoundry.models.text import trim
 from mmfoundry.pipeline.artifact import Artifact
 from mmfoundry.pipeline.config import ArtifactRef, Config, Neutral, StageConfig
 from mmfoundry.pipeline.errors import ConfigError
@@ -55,8 +50,12 @@ class AugmentationConfig(Config):
 class LoaderConfig(Config):
     """How samples are read."""
 
-    num_workers: Annotated[int, Neutral()] = Field(1, ge=0, description="threads a rank that make batches")
-    prefetch: Annotated[int, Neutral()] = Field(4, ge=1, description="batches that a thread may be ahead")
+    num_workers: Annotated[int, Neutral()] = Field(1, ge=0, description="threads or processes a rank that make batches")
+    workers: Annotated[Literal["thread", "process"], Neutral()] = Field(
+        "thread",
+        description="what makes batches; processes do not share Python's lock, but nor do they share a cache",
+    )
+    prefetch: Annotated[int, Neutral()] = Field(4, ge=1, description="batches that a worker may be ahead")
     cache_bytes: Annotated[int, Neutral()] = Field(
         0, ge=0, description="decoded pictures are kept in memory up to this much, on each rank; 0: none"
     )
@@ -89,40 +88,18 @@ class PretrainConfig(StageConfig):
         return self
 
 
-class PairEncoder:
-    """A sample -> the arrays of one pair: augmented pixels, and one of its captions as token ids."""
+def encoder_of(model: ClipConfig, augmentation: AugmentationConfig) -> PairEncoder:
+    """How samples become pairs for a model.
 
-    def __init__(self, model: ClipConfig, augmentation: AugmentationConfig):
-        self._transform = TrainTransform(model.vision_cfg.image_size, augmentation.scale, augmentation.ratio)
-        self._flip = augmentation.horizontal_flip
-        self._tokenizer = clip_tokenizer(model.text_cfg.context_length)
-        if model.text_cfg.vocab_size != self._tokenizer.vocab_size:
-            raise ConfigError(
-                f"model.text_cfg.vocab_size is {model.text_cfg.vocab_size}, but CLIP's tokenizer has "
-                f"{self._tokenizer.vocab_size} ids"
-            )
-
-    def __call__(self, sample: Sample, rng: np.random.Generator) -> dict[str, Any]:
-        """Encode one sample.
-
-        Returns:
-            image: uint8 (3, image_size, image_size); text: int32 (context_length,); __key__: the sample's key.
-
-        Raises:
-            UnreadableSample: it has no caption.
-        """
-        pixels = self._transform(sample.image, rng)
-        if self._flip and rng.random() < self._flip:
-            pixels = np.ascontiguousarray(pixels[:, :, ::-1])
-        tokens = self._tokenizer(choose_caption(sample, rng))[0]
-        return {"image": pixels, "text": tokens, "__key__": sample.key}
-
-
-def collate(rows: list[Mapping[str, Any]]) -> Batch:
-    """Stack pairs into a batch, its captions cut behind the longest of them."""
-    batch = stack(rows)
-    batch["text"] = trim(batch["text"])
-    return batch
+    Raises:
+        ConfigError: the model has another vocabulary than CLIP's tokenizer.
+    """
+    return PairEncoder(
+        model.vision_cfg.image_size,
+        model.text_cfg.context_length,
+        vocab_size=model.text_cfg.vocab_size,
+        **augmentation.model_dump(),
+    )
 
 
 def run(config: PretrainConfig, context: RunContext) -> Artifact:
@@ -140,12 +117,14 @@ def run(config: PretrainConfig, context: RunContext) -> Artifact:
     loader = Loader(
         [Source(context.inputs[f"data.{i}.path"], each.weight) for i, each in enumerate(config.data)],
         batch_size=config.trainer.samples_per_fetch(runtime.world_size),
-        encode=PairEncoder(model.config, config.augmentation),
-        collate=collate,
+        encode=encoder_of(model.config, config.augmentation),
+        finish=pad_text,
         seed=config.seed,
         rank=runtime.rank,
         world_size=runtime.world_size,
         skip_log=context.work / SKIP_LOG,
+        device=runtime.device,
+        group=runtime.group,
         **config.loader.model_dump(),
     )
     parameters = sum(weight.numel() for weight in model.parameters())
@@ -157,10 +136,12 @@ def run(config: PretrainConfig, context: RunContext) -> Artifact:
         objective=weighted_sum(config.objectives),
         loader=loader,
         context=context,
+        metrics=lambda: skip_metrics(loader),
         param_groups=decay_groups(
             model.named_parameters(), config.trainer.optimizer.weight_decay, model.no_weight_decay()
         ),
     )
+    skipped = loader.counters()["skipped"]
     if runtime.is_main:
         save_clip(model, context.work, seed=seed)
     return context.finish(
@@ -168,9 +149,15 @@ def run(config: PretrainConfig, context: RunContext) -> Artifact:
             "loss": result.mean_loss,
             "samples_per_second": result.samples_per_second,
             "samples_seen": result.steps * config.trainer.train_batch_size,
+            "samples_skipped": skipped,
             "parameters": parameters,
         }
     )
+
+
+def skip_metrics(loader: Loader) -> dict[str, float]:
+    """What was skipped so far, over all ranks, for the log: `skipped` and, by source and reason, its parts."""
+    return {name: count for name, count in loader.counters().items() if name.startswith("skipped")}
 
 
 def _model(config: PretrainConfig, context: RunContext) -> tuple[CLIP, int | None]:

@@ -19,6 +19,8 @@ import yaml
 from PIL import Image
 from torch.distributed import ProcessGroup
 
+from mmfoundry.data.loader import stack
+from mmfoundry.data.pairs import pad_text
 from mmfoundry.data.sample import Sample
 from mmfoundry.data.shards import write_shards
 from mmfoundry.models.io import load_clip, untrained_clip
@@ -28,7 +30,7 @@ from mmfoundry.pipeline.distributed import init_runtime
 from mmfoundry.pipeline.errors import ConfigError
 from mmfoundry.pipeline.metrics import read_metrics
 from mmfoundry.pipeline.stage import run_stage
-from mmfoundry.stages.pretrain import STAGE, AugmentationConfig, PairEncoder, PretrainConfig, collate
+from mmfoundry.stages.pretrain import STAGE, AugmentationConfig, PretrainConfig, encoder_of
 from tests.ranks import run_ranks
 
 ROOT = Path(__file__).parents[2]
@@ -91,13 +93,13 @@ def test_learns_and_leaves_a_whole_artifact(shards: Path, tmp_path: Path) -> Non
     assert metrics["samples_per_second"] > 0
     model, untrained = load_clip(artifact.path), untrained_clip(artifact.path)
     assert sum(weight.numel() for weight in model.parameters()) == metrics["parameters"]
-    encoder = PairEncoder(model.config, AugmentationConfig(scale=(1.0, 1.0), ratio=(1.0, 1.0)))
+    encoder = encoder_of(model.config, AugmentationConfig(scale=(1.0, 1.0), ratio=(1.0, 1.0)))
     rows = [
         encoder(Sample("x", np.full((20, 20, 3), colour, np.uint8), [name]), np.random.default_rng(0))
         for name, colour in COLOURS.items()
     ]
     with torch.no_grad():
-        trained, before = (each(collate(rows)) for each in (model, untrained))
+        trained, before = (each(pad_text(stack(rows))) for each in (model, untrained))
     assert torch.equal((trained.image_bD @ trained.text_bD.T).argmax(1), torch.arange(4))
     assert not torch.equal((before.image_bD @ before.text_bD.T).argmax(1), torch.arange(4))
     again = run_stage(STAGE, config, tmp_path / "pretrain", init_runtime())
@@ -177,29 +179,29 @@ def test_vocabulary_must_be_the_tokenizers(shards: Path) -> None:
     model["text_cfg"]["vocab_size"] = 100
     config = parse(PretrainConfig, tree(shards, model=model))
     with pytest.raises(ConfigError, match="vocab_size is 100, but CLIP's tokenizer has 49408 ids"):
-        PairEncoder(config.model, config.augmentation)
+        encoder_of(config.model, config.augmentation)
 
 
 def test_pairs_are_functions_of_their_generator(shards: Path) -> None:
     model = parse(PretrainConfig, tree(shards)).model
     pixels = np.random.default_rng(1).integers(0, 256, (24, 20, 3), dtype=np.uint8)
     sample = Sample("key", pixels, ["one", "two words", "three words here"])
-    encoder = PairEncoder(model, AugmentationConfig())
+    encoder = encoder_of(model, AugmentationConfig())
     first, second, other = (encoder(sample, np.random.default_rng(seed)) for seed in (0, 0, 1))
     assert np.array_equal(first["image"], second["image"])
     assert not np.array_equal(first["image"], other["image"])
     assert first["image"].shape == (3, 16, 16)
     assert first["__key__"] == "key"
-    texts = {encoder(sample, np.random.default_rng(seed))["text"].tobytes() for seed in range(30)}
+    texts = {encoder(sample, np.random.default_rng(seed))["text"].values.tobytes() for seed in range(30)}
     assert len(texts) == 3
     whole = {"scale": (1.0, 1.0), "ratio": (1.0, 1.0)}
     square = Sample("key", pixels[:20], ["one"])
     plain, mirrored = (
-        PairEncoder(model, AugmentationConfig(horizontal_flip=chance, **whole))(square, np.random.default_rng(0))
+        encoder_of(model, AugmentationConfig(horizontal_flip=chance, **whole))(square, np.random.default_rng(0))
         for chance in (0.0, 1.0)
     )
     assert np.array_equal(plain["image"][:, :, ::-1], mirrored["image"])
-    batch = collate([first, other])
+    batch = pad_text(stack([first, other]))
     assert batch["image"].dtype == torch.uint8
     assert batch["text"].shape[1] <= 5
     assert batch["__key__"] == ["key", "key"]
