@@ -1,14 +1,15 @@
 """What the loader hands on: a sample as bytes (`RawSample`) and as the pipeline's own type (`Sample`)."""
 
 import json
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from mmfoundry.data.decode import DecodeLimits, UnreadableSample, decode_image
+from mmfoundry.data.decode import DecodeLimits, LazyImage, UnreadableSample
 
+MAX_TEXT_BYTES = 4 << 20  # of `txt` and of `json`, which grow more than tenfold when they are parsed
 IMAGE_EXTENSIONS = ("png", "jpg", "jpeg", "webp", "gif", "bmp", "tif", "tiff", "ppm", "pgm")
 
 
@@ -27,23 +28,59 @@ class RawSample:
     shard: Path
 
 
-@dataclass(slots=True)
+@dataclass(slots=True, init=False)
 class Sample:
     """One image with what is said about it.
 
     Attributes:
         key: unique within its shard.
-        image: uint8 (height, width, 3), RGB.
+        picture: the image as it was given: pixels, or one that is not decoded yet. Hand this to `TrainTransform`,
+            which then decodes no more of a JPEG than it needs.
         text: captions, in order; may be empty.
         messages: turns `{"role": "user" | "assistant" | "system", "content": str}`; None if the sample has none.
         meta: every other entry of the sample's JSON.
     """
 
     key: str
-    image: np.ndarray
-    text: list[str] = field(default_factory=list)
-    messages: list[dict[str, Any]] | None = None
-    meta: dict[str, Any] = field(default_factory=dict)
+    picture: np.ndarray | LazyImage
+    text: list[str]
+    messages: list[dict[str, Any]] | None
+    meta: dict[str, Any]
+
+    def __init__(
+        self,
+        key: str,
+        image: np.ndarray | LazyImage,
+        text: list[str] | None = None,
+        messages: list[dict[str, Any]] | None = None,
+        meta: dict[str, Any] | None = None,
+    ):
+        """Take the parts; `image` is uint8 (height, width, 3), RGB, or one not decoded yet."""
+        self.key, self.picture, self.messages = key, image, messages
+        self.text = [] if text is None else text
+        self.meta = {} if meta is None else meta
+
+    @property
+    def image(self) -> np.ndarray:
+        """The whole image: uint8 (height, width, 3), RGB; decoded at the first call.
+
+        Raises:
+            UnreadableImage: its pixels are damaged.
+        """
+        return self.picture.pixels if isinstance(self.picture, LazyImage) else self.picture
+
+    def freeze(self) -> int:
+        """Make the image safe to share: read-only, and of a size that stays; see `LazyImage.freeze`.
+
+        Returns:
+            The bytes that the image holds.
+        Raises:
+            UnreadableImage: its pixels are damaged.
+        """
+        if isinstance(self.picture, LazyImage):
+            return self.picture.freeze()
+        self.picture.flags.writeable = False
+        return self.picture.nbytes
 
 
 def image_member(members: dict[str, bytes]) -> bytes | None:
@@ -60,8 +97,13 @@ def read_text(raw: RawSample) -> tuple[list[str], list[dict[str, Any]] | None, d
     Captions are the JSON's `captions` where it has them, otherwise the lines of `txt`; blank ones are left out.
 
     Raises:
-        UnreadableSample: the text is not UTF-8, the JSON is broken or not an object, or a field has the wrong type.
+        UnreadableSample: there is too much text, it is not UTF-8, the JSON is broken or not an object, or a field has
+            the wrong type.
     """
+    for kind in ("txt", "json"):
+        size = len(raw.members.get(kind, b""))
+        if size > MAX_TEXT_BYTES:
+            raise UnreadableSample("too much text", f"{kind} has {size} > {MAX_TEXT_BYTES} bytes")
     meta = _read_json(raw)
     captions = meta.pop("captions", None)
     messages = meta.pop("messages", None)
@@ -77,12 +119,13 @@ def read_text(raw: RawSample) -> tuple[list[str], list[dict[str, Any]] | None, d
     return [caption.strip() for caption in captions if caption.strip()], messages, meta
 
 
-def to_sample(raw: RawSample, limits: DecodeLimits | None = None) -> Sample:
+def to_sample(raw: RawSample, limits: DecodeLimits | None = None, *, lazy: bool = False) -> Sample:
     """Decode a raw sample: `png|jpg|webp|...`, `txt` (one caption a line), `json` (`captions`, `messages`, metadata).
 
     Args:
         raw: the sample's bytes.
         limits: what an image may weigh; the defaults of `DecodeLimits` if None.
+        lazy: read the image's header only; its pixels are decoded, and may turn out damaged, when they are asked for.
     Raises:
         UnreadableSample: no image, or a member that cannot be read; `reason` is one of a small set of phrases.
     """
@@ -90,8 +133,8 @@ def to_sample(raw: RawSample, limits: DecodeLimits | None = None) -> Sample:
     if data is None:
         raise UnreadableSample("no image", f"members: {', '.join(sorted(raw.members)) or 'none'}")
     text, messages, meta = read_text(raw)
-    image = decode_image(data, limits or DecodeLimits())
-    return Sample(key=raw.key, image=image, text=text, messages=messages, meta=meta)
+    image = LazyImage(data, limits or DecodeLimits())
+    return Sample(raw.key, image if lazy else image.pixels, text, messages, meta)
 
 
 def _read_json(raw: RawSample) -> dict[str, Any]:

@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 from PIL import Image
 
+from mmfoundry.data.decode import SHRINKS, LazyImage
 from mmfoundry.pipeline.errors import ConfigError
 
 if TYPE_CHECKING:  # torch takes a second to import, and reading shards does not need it
@@ -18,9 +19,14 @@ _TRIES = 10  # crops drawn before the fallback, as in torchvision
 
 
 class TrainTransform:
-    """RandomResizedCrop as open_clip trains with: a random crop, resized to a square by Pillow's antialiased bicubic.
+    """RandomResizedCrop as open_clip trains with: a random crop, resized to a square by antialiased bicubic.
 
     The geometry is drawn by torchvision's rule (`RandomResizedCrop.get_params`) from the sample's own generator.
+
+    What is given as decoded pixels, or can only be decoded whole, is resized by Pillow. Of a JPEG that is not decoded
+    yet (`Sample.picture`) the crop is drawn from the header and the least scale is decoded that still covers it; the
+    crop's edges move to the nearest pixel of that scale, and torch resizes, which does Pillow's arithmetic with vector
+    instructions in a fifth of the time (its bytes differ from Pillow's by at most 1).
     """
 
     def __init__(
@@ -64,21 +70,48 @@ class TrainTransform:
             crop_width = round(height * self.ratio[1])
         return (height - crop_height) // 2, (width - crop_width) // 2, crop_height, crop_width
 
-    def __call__(self, image: np.ndarray, rng: np.random.Generator) -> np.ndarray:
+    def reduce(self, crop: tuple[int, int, int, int]) -> tuple[int, tuple[int, int, int, int]]:
+        """The least scale at which a JPEG's crop has the size of the result.
+
+        Args:
+            crop: top, left, height, width, in pixels of the whole picture.
+        Returns:
+            By what the sides are divided (1, 2, 4 or 8), and the crop in pixels of that scale.
+        """
+        top, left, height, width = crop
+        for shrink in SHRINKS:
+            first_row, first_column = round(top / shrink), round(left / shrink)
+            rows = round((top + height) / shrink) - first_row
+            columns = round((left + width) / shrink) - first_column
+            if min(rows, columns) >= self.image_size:
+                return shrink, (first_row, first_column, rows, columns)
+        return 1, crop
+
+    def __call__(self, image: np.ndarray | LazyImage, rng: np.random.Generator) -> np.ndarray:
         """Crop and resize.
 
         Args:
-            image: uint8 (height, width, 3).
+            image: uint8 (height, width, 3), or one not decoded yet.
             rng: what the crop is drawn from; nothing else decides it.
         Returns:
             uint8 (3, image_size, image_size).
+        Raises:
+            UnreadableImage: the pixels of an image not decoded yet are damaged.
         """
+        if isinstance(image, LazyImage):
+            if image.scalable:
+                shrink, (top, left, height, width) = self.reduce(self.crop(image.height, image.width, rng))
+                pixels = image.reduced(shrink)[top : top + height, left : left + width]
+                return resize_to_planes(pixels, self.image_size)
+            image = image.pixels
         top, left, height, width = self.crop(image.shape[0], image.shape[1], rng)
         return _chw(resize(image[top : top + height, left : left + width], self.image_size, self.image_size))
 
 
 class EvalTransform:
-    """Shortest side to `image_size`, then the centre square: the pixels of open_clip's `image_transform`.
+    """Shortest side to `image_size`, then the centre square: the pixels of open_clip's `image_transform`, bit for bit.
+
+    Scores are compared with published ones, so nothing is traded for speed here: JPEGs are decoded whole.
 
     A picture more than 64 times as long as wide is first cut to that, from its middle: resized whole it could fill the
     memory, and next to nothing of its ends would be seen.
@@ -89,15 +122,17 @@ class EvalTransform:
             raise ConfigError(f"an image size of {image_size} pixels; needs at least 1")
         self.image_size = image_size
 
-    def __call__(self, image: np.ndarray) -> np.ndarray:
+    def __call__(self, image: np.ndarray | LazyImage) -> np.ndarray:
         """Resize and cut.
 
         Args:
-            image: uint8 (height, width, 3).
+            image: uint8 (height, width, 3), or one not decoded yet, which is decoded whole.
         Returns:
             uint8 (3, image_size, image_size).
+        Raises:
+            UnreadableImage: the pixels of an image not decoded yet are damaged.
         """
-        image = _without_ends(image)
+        image = _without_ends(image.pixels if isinstance(image, LazyImage) else image)
         height, width = image.shape[:2]
         size = self.image_size
         if width <= height:
@@ -123,6 +158,22 @@ def resize(image: np.ndarray, height: int, width: int) -> np.ndarray:
     if image.shape[:2] == (height, width):
         return image
     return np.asarray(Image.fromarray(image).resize((width, height), Image.Resampling.BICUBIC))
+
+
+def resize_to_planes(image: np.ndarray, size: int) -> np.ndarray:
+    """Resize to a square by torch's antialiased bicubic on bytes, the quickest one at hand.
+
+    Args:
+        image: uint8 (any height, any width, 3), writable.
+        size: side of the result, pixels.
+    Returns:
+        uint8 (3, size, size), C-contiguous; its values differ from Pillow's by at most 1.
+    """
+    import torch
+
+    planes = torch.from_numpy(image).permute(2, 0, 1)[None]
+    small = torch.nn.functional.interpolate(planes, size=(size, size), mode="bicubic", antialias=True)
+    return np.ascontiguousarray(small[0].numpy())
 
 
 def normalise(

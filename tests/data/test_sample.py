@@ -5,10 +5,11 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from mmfoundry.data.decode import DecodeLimits, UnreadableSample
-from mmfoundry.data.sample import RawSample, image_member, read_text, to_sample
+from mmfoundry.data.decode import DecodeLimits, LazyImage, UnreadableSample
+from mmfoundry.data.sample import RawSample, Sample, image_member, read_text, to_sample
 
 from .conftest import encode, smooth
+from .photographs import photograph
 
 PNG = encode(smooth(1))
 
@@ -60,3 +61,48 @@ def test_what_cannot_be_read_has_a_reason(members: dict[str, bytes], reason: str
 def test_limits_reach_the_decoder() -> None:
     with pytest.raises(UnreadableSample, match="too many pixels"):
         to_sample(_raw(png=PNG), DecodeLimits(max_pixels=10))
+
+
+@pytest.mark.parametrize("kind", ["PNG", "JPEG"])
+def test_a_lazy_sample_has_its_size_at_once_and_its_pixels_when_asked(kind: str) -> None:
+    data = encode(photograph(40, 60), kind)
+    eager, lazy = to_sample(_raw(jpg=data)), to_sample(_raw(jpg=data), lazy=True)
+    assert isinstance(lazy.picture, LazyImage)
+    assert (lazy.picture.height, lazy.picture.width) == (40, 60)
+    assert eager.picture is eager.image
+    np.testing.assert_array_equal(lazy.image, eager.image)
+    assert lazy.image is lazy.image
+
+
+def test_damaged_pixels_are_met_when_they_are_decoded() -> None:
+    half = encode(photograph(40, 60), "JPEG")[:900]
+    with pytest.raises(UnreadableSample, match="damaged image"):
+        to_sample(_raw(jpg=half))
+    sample = to_sample(_raw(jpg=half), lazy=True)
+    with pytest.raises(UnreadableSample, match="damaged image"):
+        _ = sample.image
+
+
+def test_headers_and_limits_are_looked_at_at_once() -> None:
+    for data in (PNG, encode(smooth(1), "JPEG")):
+        with pytest.raises(UnreadableSample, match="too many pixels"):
+            to_sample(_raw(png=data), DecodeLimits(max_pixels=10), lazy=True)
+    with pytest.raises(UnreadableSample, match="unknown image format"):
+        to_sample(_raw(png=b"junk"), lazy=True)
+
+
+def test_a_frozen_sample_cannot_be_written_to() -> None:
+    data = encode(photograph(40, 60), "PNG")
+    for sample in (to_sample(_raw(png=data)), to_sample(_raw(png=data), lazy=True)):
+        assert sample.freeze() == 40 * 60 * 3
+        with pytest.raises(ValueError, match="read-only"):
+            sample.image[0, 0] = 1
+    jpeg = encode(photograph(40, 60), "JPEG")
+    assert to_sample(_raw(jpg=jpeg), lazy=True).freeze() == len(jpeg)
+
+
+def test_samples_do_not_share_what_is_left_out() -> None:
+    one, two = (Sample(name, np.zeros((1, 1, 3), np.uint8)) for name in "ab")
+    one.text.append("said of one")
+    one.meta["n"] = 1
+    assert (two.text, two.meta, two.messages) == ([], {}, None)

@@ -1,19 +1,33 @@
 """Transforms: open_clip's pixels, torchvision's geometry."""
 
+import io
+
 import numpy as np
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from PIL import Image
+from PIL import Image, ImageOps
 
-from mmfoundry.data.transforms import OPENAI_MEAN, OPENAI_STD, EvalTransform, TrainTransform, normalise, resize
+from mmfoundry.data.decode import LazyImage
+from mmfoundry.data.transforms import (
+    OPENAI_MEAN,
+    OPENAI_STD,
+    EvalTransform,
+    TrainTransform,
+    normalise,
+    resize,
+    resize_to_planes,
+)
 from mmfoundry.pipeline.errors import ConfigError
 from mmfoundry.pipeline.torchvision_ops import declare_missing_ops
 
 declare_missing_ops()
 from open_clip.transform import image_transform  # noqa: E402
 from torchvision.transforms import RandomResizedCrop  # noqa: E402
+
+from .conftest import encode  # noqa: E402
+from .photographs import photograph  # noqa: E402
 
 
 def _noise(height: int, width: int, seed: int = 0) -> np.ndarray:
@@ -101,3 +115,109 @@ def test_a_picture_of_the_right_size_is_left_alone() -> None:
 def test_an_impossible_transform_is_refused(options: dict) -> None:
     with pytest.raises(ConfigError, match="RandomResizedCrop"):
         TrainTransform(**options)
+
+
+def test_crops_of_today_are_those_of_yesterday() -> None:
+    """What was trained on must be drawn again by whoever resumes; pixels follow from the crop and Pillow (above)."""
+    rng = np.random.default_rng(2024)
+    found = [TrainTransform(64).crop(*shape, rng) for shape in [(64, 64), (480, 640), (1000, 30), (7, 900)]]
+    assert found == [(3, 0, 60, 62), (7, 18, 470, 618), (480, 0, 40, 30), (0, 445, 7, 9)]
+
+
+@pytest.mark.parametrize("kind", ["PNG", "WEBP", "GIF"])
+def test_what_is_not_a_jpeg_gives_the_pixels_of_its_array(kind: str) -> None:
+    image = LazyImage(encode(photograph(90, 120), kind))
+    assert not image.scalable
+    found = TrainTransform(64)(image, np.random.default_rng(3))
+    np.testing.assert_array_equal(found, TrainTransform(64)(image.pixels, np.random.default_rng(3)))
+
+
+@settings(max_examples=80, deadline=None)
+@given(height=st.integers(1, 300), width=st.integers(1, 300), size=st.integers(1, 80), noise=st.booleans())
+def test_the_quick_resize_is_pillows_but_for_one_level(height: int, width: int, size: int, noise: bool) -> None:
+    image = _noise(height, width) if noise else np.asarray(photograph(height, width)).copy()
+    found = resize_to_planes(image, size)
+    assert found.shape == (3, size, size)
+    assert found.flags.c_contiguous
+    expected = resize(image, size, size).transpose(2, 0, 1)
+    assert abs(found.astype(int) - expected).max() <= 1
+
+
+@settings(max_examples=300, deadline=None)
+@given(height=st.integers(1, 3000), width=st.integers(1, 3000), size=st.integers(1, 400), seed=st.integers(0, 99))
+def test_the_least_scale_that_covers_the_crop_is_decoded(height: int, width: int, size: int, seed: int) -> None:
+    transform = TrainTransform(size, scale=(0.08, 1.0))
+    crop = transform.crop(height, width, np.random.default_rng(seed))
+    shrink, (top, left, rows, columns) = transform.reduce(crop)
+    assert shrink in (1, 2, 4, 8)
+    assert 0 <= top <= top + rows <= -(-height // shrink)
+    assert 0 <= left <= left + columns <= -(-width // shrink)
+    edges = (top, left, top + rows, left + columns)
+    whole = (crop[0], crop[1], crop[0] + crop[2], crop[1] + crop[3])
+    assert all(abs(edge * shrink - exact) <= shrink / 2 for edge, exact in zip(edges, whole, strict=True))
+    if shrink > 1:
+        assert min(rows, columns) >= size
+    if shrink < 8:  # the next smaller scale would have to be enlarged
+        assert min(crop[2], crop[3]) / (2 * shrink) < size + 1
+
+
+def _train_pair(shape: tuple[int, int], size: int, seed: int, **options: object) -> tuple[np.ndarray, np.ndarray, int]:
+    """Ours of a JPEG; open_clip's way with the same crop (whole decode, crop, Pillow); the shrink that ours took."""
+    jpeg = encode(photograph(*shape), "JPEG", quality=90, **options)
+    transform = TrainTransform(size)
+    found = transform(LazyImage(jpeg), np.random.default_rng(seed))
+    top, left, height, width = crop = transform.crop(*shape, np.random.default_rng(seed))
+    picture = Image.open(io.BytesIO(jpeg)).convert("RGB").crop((left, top, left + width, top + height))
+    expected = np.asarray(picture.resize((size, size), Image.Resampling.BICUBIC)).transpose(2, 0, 1)
+    return found, expected, transform.reduce(crop)[0]
+
+
+@pytest.mark.parametrize("shape", [(288, 384), (200, 150), (224, 224)])
+def test_a_jpeg_that_needs_no_scaling_gives_open_clips_training_pixels(shape: tuple[int, int]) -> None:
+    found, expected, shrink = _train_pair(shape, 224, seed=1)
+    assert shrink == 1
+    assert abs(found.astype(int) - expected).max() <= 1
+
+
+@pytest.mark.parametrize(
+    ("shape", "size", "shrink"), [((480, 640), 224, 2), ((1200, 1600), 224, 4), ((600, 800), 64, 8)]
+)
+def test_a_scaled_jpeg_looks_like_open_clips_training_picture(shape: tuple[int, int], size: int, shrink: int) -> None:
+    for seed in range(4):
+        found, expected, taken = _train_pair(shape, size, seed)
+        assert taken == shrink
+        off = abs(found.astype(int) - expected)
+        # the crop's edges move by up to half a pixel of the scale; a shift by one pixel of the result is far more
+        assert off.mean() < 4
+        shifted = abs(found[:, :, 1:].astype(int) - expected[:, :, :-1])
+        assert shifted.mean() > 2 * off.mean()
+
+
+def test_orientation_comes_before_the_crop() -> None:
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    jpeg = encode(photograph(480, 640), "JPEG", quality=95, exif=exif)
+    found = TrainTransform(64, scale=(1, 1), ratio=(0.75, 0.75))(LazyImage(jpeg), np.random.default_rng(0))
+    upright = ImageOps.exif_transpose(Image.open(io.BytesIO(jpeg))).convert("RGB")
+    assert upright.size == (480, 640)
+    expected = np.asarray(upright.resize((64, 64), Image.Resampling.BICUBIC)).transpose(2, 0, 1)
+    assert abs(found.astype(int) - expected).mean() < 2
+
+
+def test_a_picture_looks_the_same_whether_it_was_kept_or_decoded_before() -> None:
+    jpeg = encode(photograph(480, 640), "JPEG")
+    fresh, kept, decoded = LazyImage(jpeg), LazyImage(jpeg), LazyImage(jpeg)
+    kept.freeze()
+    assert decoded.pixels.shape == (480, 640, 3)
+    one, two, three = (TrainTransform(224)(image, np.random.default_rng(9)) for image in (fresh, kept, decoded))
+    np.testing.assert_array_equal(one, two)
+    np.testing.assert_array_equal(one, three)
+
+
+@pytest.mark.parametrize("options", [{}, {"progressive": True}, {"subsampling": 0}])
+@pytest.mark.parametrize("mode", ["RGB", "L", "CMYK"])
+def test_eval_gives_open_clips_pixels_of_a_jpeg(mode: str, options: dict) -> None:
+    jpeg = encode(photograph(480, 640).convert(mode), "JPEG", quality=90, **options)
+    plain = image_transform(224, is_train=False, mean=(0.0, 0.0, 0.0), std=(1.0, 1.0, 1.0))
+    expected = plain(Image.open(io.BytesIO(jpeg))).mul(255).round().to(torch.uint8).numpy()
+    np.testing.assert_array_equal(EvalTransform(224)(LazyImage(jpeg)), expected)
