@@ -69,8 +69,8 @@ class ByWeight:
 class ByPasses:
     """A fixed number of samples of each source in every epoch, spread evenly over it.
 
-    An epoch is cut into parts of about 4,096 positions. Before part b of B lie floor(count * b / B) samples of a source:
-    within one of its even share, and all of them at the end. Inside a part the order is shuffled.
+    An epoch is cut into parts of about 4,096 positions. Before part b of B lie floor(count * b / B) samples of a
+    source: within one of its even share, and all of them at the end. Inside a part the order is shuffled.
     """
 
     def __init__(self, counts: Sequence[int], seed: int):

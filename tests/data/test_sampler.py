@@ -5,13 +5,17 @@ import math
 import pickle
 import tracemalloc
 from collections import Counter
+from pathlib import Path
 
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from mmfoundry.data.inspect import iter_keys
 from mmfoundry.data.permutation import RUN
+from mmfoundry.data.reader import Pool
 from mmfoundry.data.sampler import Order, Seen, rank_positions, sample_rng
+from mmfoundry.data.shards import write_shard
 from mmfoundry.pipeline.errors import ConfigError
 
 GOLDEN_MIXTURE = [(1, 0, 3), (0, 0, 0), (0, 0, 2), (0, 0, 5), (0, 0, 3), (1, 0, 4)]
@@ -184,6 +188,17 @@ def test_ranks_and_batches_may_change_anywhere(
             resumed += [draws[place % world][place // world] for place in range(each * world)]
             position += each * world
     assert resumed == [whole.at(p) for p in range(position)]
+
+
+def test_shards_of_unequal_sizes_are_read_once_an_epoch(tmp_path: Path) -> None:
+    """Runs lie across the borders of shards, so their sizes do not matter to the order."""
+    for number, size in enumerate((1, 300, 17, 520, 64, 2)):
+        write_shard(tmp_path / f"{number}.tar", ({"__key__": f"{number}-{i}", "txt": "a"} for i in range(size)))
+    pool = Pool(tmp_path)
+    assert Order([len(pool)], window=RUN).windows == [4]
+    epochs = [list(iter_keys(pool, seed=7, epoch=epoch, window=RUN)) for epoch in (0, 1)]
+    assert epochs[0] != epochs[1]
+    assert sorted(epochs[0]) == sorted(epochs[1]) == sorted(pool.key(number) for number in range(904))
 
 
 def test_a_batch_that_cannot_be_shared_is_refused() -> None:
