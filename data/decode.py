@@ -81,12 +81,10 @@ class LazyImage:
     """An encoded image: its header is known to be within the limits, its pixels are decoded when asked for.
 
     Attributes:
-        height: as shown, after EXIF orientation; pixels.
-        width: as shown; pixels.
-        scalable: `reduced` decodes less than the whole; true of JPEGs.
+        scalable: the size as shown is known from the header, and `reduced` decodes less than the whole; true of JPEGs.
     """
 
-    __slots__ = ("_data", "_frozen", "_opened", "_orientation", "_pixels", "height", "scalable", "width")
+    __slots__ = ("_data", "_frozen", "_opened", "_orientation", "_pixels", "_stored", "scalable")
 
     def __init__(self, data: bytes, limits: DecodeLimits = DecodeLimits()):
         """Read the header.
@@ -109,14 +107,26 @@ class LazyImage:
         self.scalable = plain is not None
         if plain is None:
             self._opened = _open(data)
-            height, width, self._orientation = self._opened.height, self._opened.width, _orientation(self._opened)
+            self._stored, self._orientation = (self._opened.height, self._opened.width), 1  # or what decoding finds
         else:
-            height, width, self._orientation = plain
+            self._stored, self._orientation = plain
+        height, width = self._stored
         if width * height > limits.max_pixels:
             raise UnreadableImage("too many pixels", f"{width} x {height} > {limits.max_pixels}")
         if self._opened is not None and _frames(data, self._opened, limits.max_frames) > limits.max_frames:
             raise UnreadableImage("too many frames", f"more than {limits.max_frames}")
-        self.height, self.width = (width, height) if self._orientation in _TURNED else (height, width)
+
+    @property
+    def size(self) -> tuple[int, int]:
+        """Height and width as shown, after EXIF orientation; decodes what is not `scalable`, as a PNG may end with it.
+
+        Raises:
+            UnreadableImage: "damaged image".
+        """
+        if not self.scalable:
+            return self.pixels.shape[0], self.pixels.shape[1]
+        height, width = self._stored
+        return (width, height) if self._orientation in _TURNED else (height, width)
 
     @property
     def pixels(self) -> np.ndarray:
@@ -139,12 +149,14 @@ class LazyImage:
             shrink: 1, 2, 4 or 8; only for what is `scalable`.
         Returns:
             uint8 (ceil(height / shrink), ceil(width / shrink), 3), RGB, C-contiguous; the pixel at (y, x) stands for
-            the square of `shrink` pixels that starts at (y * shrink, x * shrink).
+            the square of `shrink` pixels that starts at (y * shrink, x * shrink); where EXIF mirrors a side that is no
+            multiple of `shrink`, for one that starts up to `shrink` - 1 before.
         Raises:
             UnreadableImage: "damaged image".
         """
         assert self.scalable
-        pixels = _decode_jpeg(self._data, self._stored(shrink) if shrink > 1 else (0, 0))
+        height, width = self._stored
+        pixels = _decode_jpeg(self._data, (-(-height // shrink), -(-width // shrink)) if shrink > 1 else (0, 0))
         if self._orientation == 1:
             return pixels
         return np.ascontiguousarray(_turn(pixels, self._orientation))
@@ -167,15 +179,10 @@ class LazyImage:
         self._data = b""  # the pixels are kept
         return self.pixels.nbytes
 
-    def _stored(self, shrink: int) -> tuple[int, int]:
-        """Height and width of the file's own pixels, before orientation, at a fraction of the size."""
-        height, width = (self.width, self.height) if self._orientation in _TURNED else (self.height, self.width)
-        return -(-height // shrink), -(-width // shrink)
-
     def _decode(self) -> np.ndarray:
         opened, self._opened = self._opened or _open(self._data), None
         with opened as image:
-            if image.format == "JPEG" and image.mode in ("RGB", "L") and self._orientation == 1:
+            if image.format == "JPEG" and image.mode in ("RGB", "L") and _orientation(image) == 1:
                 return _decode_jpeg(self._data)  # strict, which Pillow is not
             return np.array(_rgb(image))
 
@@ -204,8 +211,8 @@ def decode_image(data: bytes, limits: DecodeLimits = DecodeLimits()) -> np.ndarr
     return LazyImage(data, limits).pixels
 
 
-def _plain_jpeg(data: bytes) -> tuple[int, int, int] | None:
-    """Height, width (as stored) and orientation of an 8-bit grey or colour JPEG; None for whatever Pillow must judge.
+def _plain_jpeg(data: bytes) -> tuple[tuple[int, int], int] | None:
+    """Size as stored and orientation of an 8-bit grey or colour JPEG; None for whatever Pillow must judge.
 
     An order of magnitude quicker than Pillow's way to the same, which counts beside small pictures.
     """
@@ -220,7 +227,7 @@ def _plain_jpeg(data: bytes) -> tuple[int, int, int] | None:
         return None
     if markers.scans > _MAX_JPEG_SCANS:
         raise UnreadableImage("too many scans", f"{markers.scans} > {_MAX_JPEG_SCANS}")
-    return height, width, markers.orientation
+    return (height, width), markers.orientation
 
 
 def _frames(data: bytes, image: Image.Image, at_most: int) -> int:
@@ -282,7 +289,7 @@ def _rgb(image: Image.Image) -> Image.Image:
             # Pillow's own conversion clips at 255 and gives a white picture
             values = np.asarray(image).astype(np.int64)
             image = Image.fromarray((values.clip(0, 65535) >> 8).astype(np.uint8))
-        if image.mode == "RGB":
+        if image.mode == "RGB" and "transparency" not in image.info:
             return image
         if image.mode in ("RGBA", "LA", "PA", "La", "RGBa") or "transparency" in image.info:
             image = image.convert("RGBA")

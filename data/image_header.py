@@ -127,7 +127,7 @@ def tiff_pages(data: bytes, at_most: int) -> int:
             (count,) = struct.unpack_from(order + count_type, data, place)
             pages += 1
             link = place + struct.calcsize(order + count_type) + entry * count
-    except struct.error:
+    except (struct.error, OverflowError):  # OverflowError: a place past what a file can have
         pass
     return pages
 

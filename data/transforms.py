@@ -100,7 +100,7 @@ class TrainTransform:
         """
         if isinstance(image, LazyImage):
             if image.scalable:
-                shrink, (top, left, height, width) = self.reduce(self.crop(image.height, image.width, rng))
+                shrink, (top, left, height, width) = self.reduce(self.crop(*image.size, rng))
                 pixels = image.reduced(shrink)[top : top + height, left : left + width]
                 return resize_to_planes(pixels, self.image_size)
             image = image.pixels
