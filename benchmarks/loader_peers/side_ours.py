@@ -1,0 +1,48 @@
+"""Ours: bytes out of the workers, normalised on the device."""
+
+from __future__ import annotations
+
+from collections.abc import Generator
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from mmfoundry.data.index import expand_shards, open_index
+from mmfoundry.data.loader import Loader, Source
+from mmfoundry.data.text import ClipTokenizer, choose_caption
+from mmfoundry.data.transforms import TrainTransform
+
+if TYPE_CHECKING:
+    import torch
+
+    from mmfoundry.data.sample import Sample
+
+
+class Encode:
+    """Crop, resize, tokenise. No ids are remembered: a pool that is read once repeats no caption."""
+
+    def __init__(self) -> None:
+        self._transform = TrainTransform(224)
+        self._tokenizer: ClipTokenizer | None = None
+
+    def __call__(self, sample: Sample, rng: np.random.Generator) -> dict[str, Any]:
+        """Sample -> `image` uint8 (3, 224, 224), `text` int32 (77,)."""
+        if self._tokenizer is None:
+            self._tokenizer = ClipTokenizer(cached_captions=0)
+        return {"image": self._transform(sample.image, rng), "text": self._tokenizer(choose_caption(sample, rng))[0]}
+
+
+def prepare(pool: Path) -> None:
+    """Write the indexes."""
+    for shard in expand_shards(pool):
+        open_index(shard)
+
+
+def batches(pool: Path, workers: int, batch: int, device: str) -> Generator[torch.Tensor, None, None]:
+    """Normalised images on the device, float32 (batch, 3, 224, 224), without end."""
+    from mmfoundry.data.transforms import normalise
+
+    for made in Loader([Source(pool)], batch_size=batch, encode=Encode(), num_workers=workers):
+        images = made["image"].pin_memory() if device == "cuda" else made["image"]
+        yield normalise(images.to(device, non_blocking=True))
