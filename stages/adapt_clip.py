@@ -256,7 +256,7 @@ def _train(
     transform = TrainTransform(model.config.vision_cfg.image_size, scale=config.crop_scale)
 
     def encode(sample: Sample, rng: np.random.Generator) -> dict[str, Any]:
-        return {"image": transform(sample.image, rng), "label": np.int64(index[str(sample.meta[config.label])])}
+        return {"image": transform(sample.picture, rng), "label": np.int64(index[str(sample.meta[config.label])])}
 
     loader = Loader(
         sources,
