@@ -168,6 +168,7 @@ class Loader:
     def _order_state(self) -> dict[str, Any]:
         return {
             "seed": self.seed,
+            "shares": self.order.shares,
             "sources": [
                 {
                     "name": pool.name,
@@ -189,7 +190,7 @@ class Loader:
             ConfigError: seed, sources or weights are not those of the saved state, so that the order is another one.
         """
         mine = self._order_state()
-        for what in ("seed", "sources"):
+        for what in ("seed", "shares", "sources"):
             was, now = (_identity(state, what), _identity(mine, what))
             if was != now:
                 raise ConfigError(f"the saved position is in another order of samples: its {what} {was}, now {now}")
@@ -255,5 +256,7 @@ def _order(pools: Sequence[Pool], sources: Sequence[Source], seed: int, window: 
 def _identity(state: Mapping[str, Any], what: str) -> Any:
     if what == "seed":
         return state["seed"]
+    if what == "shares":
+        return state.get("shares", "weights")  # there was nothing else once
     # by content, as shards may be moved; sources that fit in one window say nothing about its size
     return [(each["samples"], each["bytes"], each["per_block"], each.get("windows", 1)) for each in state["sources"]]

@@ -65,6 +65,7 @@ class Order:
         windows: of each source, how many windows an epoch is shuffled in; 1 is a full shuffle.
         counts: samples of each source in every `block` positions that start at a multiple of `block`.
         block: the sum of `counts`.
+        shares: what the counts come from, "weights" or "upsampling"; with equal counts they are two orders.
     """
 
     def __init__(
@@ -100,6 +101,7 @@ class Order:
         self.sizes = [int(size) for size in sizes]
         self.seed = seed
         self.windows = [windows_of(size, window) for size in self.sizes]
+        self.shares = "upsampling" if weights is None else "weights"
         self._mixture: Mixture
         if weights is not None:
             self._mixture = ByWeight(weights, len(sizes), seed)
