@@ -94,6 +94,10 @@ class RangeCache:
 
     def used_bytes(self) -> int:
         """Bytes of the blocks that are here, counted now."""
+        with self._locked("write"):  # else a block could be counted that goes to make room for the next
+            return self._count()
+
+    def _count(self) -> int:
         return sum(entry.stat().st_size for entry in self._entries())
 
     def _path(self, identity: str, number: int) -> Path:
@@ -115,7 +119,7 @@ class RangeCache:
     def _used(self, descriptor: int) -> int:
         """The count kept in the lock's own file; counted anew where there is none, or half of one."""
         data = os.pread(descriptor, 16, 0)
-        return int.from_bytes(data, "little") if len(data) == 8 else self.used_bytes()
+        return int.from_bytes(data, "little") if len(data) == 8 else self._count()
 
     def _set_used(self, descriptor: int, used: int) -> None:
         os.pwrite(descriptor, used.to_bytes(8, "little"), 0)
