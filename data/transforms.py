@@ -109,7 +109,10 @@ class TrainTransform:
 
 
 class EvalTransform:
-    """Shortest side to `image_size`, then the centre square: the pixels of open_clip's `image_transform`, bit for bit.
+    """Shortest side to `image_size`, then the centre square: the pixels of open_clip's `image_transform`.
+
+    Of grey and RGB pictures bit for bit; others open_clip converts to RGB after resizing, we before (of CMYK that moves
+    a value by at most 2; open_clip shows what lies under a clear pixel and resizes palettes without smoothing).
 
     Scores are compared with published ones, so nothing is traded for speed here: JPEGs are decoded whole.
 

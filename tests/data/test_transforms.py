@@ -161,22 +161,23 @@ def test_the_least_scale_that_covers_the_crop_is_decoded(height: int, width: int
         assert min(crop[2], crop[3]) / (2 * shrink) < size + 1
 
 
-def _train_pair(shape: tuple[int, int], size: int, seed: int, **options: object) -> tuple[np.ndarray, np.ndarray, int]:
-    """Ours of a JPEG; open_clip's way with the same crop (whole decode, crop, Pillow); the shrink that ours took."""
-    jpeg = encode(photograph(*shape), "JPEG", quality=90, **options)
+def _train_pair(shape: tuple[int, int], size: int, seed: int) -> tuple[np.ndarray, np.ndarray, int]:
+    """Ours of a JPEG; open_clip's way with the crop that ours took (whole decode, crop, Pillow); the shrink it took."""
+    jpeg = encode(photograph(*shape), "JPEG", quality=90)
     transform = TrainTransform(size)
     found = transform(LazyImage(jpeg), np.random.default_rng(seed))
-    top, left, height, width = crop = transform.crop(*shape, np.random.default_rng(seed))
+    shrink, crop = transform.reduce(transform.crop(*shape, np.random.default_rng(seed)))
+    top, left, height, width = (side * shrink for side in crop)
     picture = Image.open(io.BytesIO(jpeg)).convert("RGB").crop((left, top, left + width, top + height))
     expected = np.asarray(picture.resize((size, size), Image.Resampling.BICUBIC)).transpose(2, 0, 1)
-    return found, expected, transform.reduce(crop)[0]
+    return found.astype(int), expected.astype(int), shrink
 
 
 @pytest.mark.parametrize("shape", [(288, 384), (200, 150), (224, 224)])
 def test_a_jpeg_that_needs_no_scaling_gives_open_clips_training_pixels(shape: tuple[int, int]) -> None:
     found, expected, shrink = _train_pair(shape, 224, seed=1)
     assert shrink == 1
-    assert abs(found.astype(int) - expected).max() <= 1
+    assert abs(found - expected).max() <= 1
 
 
 @pytest.mark.parametrize(
@@ -186,11 +187,10 @@ def test_a_scaled_jpeg_looks_like_open_clips_training_picture(shape: tuple[int, 
     for seed in range(4):
         found, expected, taken = _train_pair(shape, size, seed)
         assert taken == shrink
-        off = abs(found.astype(int) - expected)
-        # the crop's edges move by up to half a pixel of the scale; a shift by one pixel of the result is far more
-        assert off.mean() < 4
-        shifted = abs(found[:, :, 1:].astype(int) - expected[:, :, :-1])
-        assert shifted.mean() > 2 * off.mean()
+        off = abs(found - expected).mean()
+        shifted = min(abs(found[:, :, 1:] - expected[:, :, :-1]).mean(), abs(found[:, 1:] - expected[:, :-1]).mean())
+        assert off < 3
+        assert shifted > 2 * off
 
 
 def test_orientation_comes_before_the_crop() -> None:
@@ -220,4 +220,6 @@ def test_eval_gives_open_clips_pixels_of_a_jpeg(mode: str, options: dict) -> Non
     jpeg = encode(photograph(480, 640).convert(mode), "JPEG", quality=90, **options)
     plain = image_transform(224, is_train=False, mean=(0.0, 0.0, 0.0), std=(1.0, 1.0, 1.0))
     expected = plain(Image.open(io.BytesIO(jpeg))).mul(255).round().to(torch.uint8).numpy()
-    np.testing.assert_array_equal(EvalTransform(224)(LazyImage(jpeg)), expected)
+    found = EvalTransform(224)(LazyImage(jpeg))
+    # open_clip converts to RGB after resizing, we before; of grey and RGB that is the same
+    assert abs(found.astype(int) - expected).max() <= (2 if mode == "CMYK" else 0)
