@@ -10,6 +10,7 @@ What a batch holds depends on the seed and its position alone: not on ranks, wor
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
 from contextlib import closing
 from dataclasses import dataclass
@@ -55,6 +56,38 @@ class Loader:
 
     A sample that cannot be read, or whose `encode` raises UnreadableSample, is counted in `tally`, logged, and replaced
     by another of its source; which one is a function of its position, so that all other places stay as they were.
+
+    Args:
+        sources: what to draw from; their weights are exact in every block of the order.
+        batch_size: samples per step over all ranks; each rank gets `batch_size / world_size` of them.
+        encode: sample and its own generator -> named arrays (of one shape over the batch, or `Ragged.one(array)`),
+            numbers or strings. Called where batches are made, so with `workers="process"` it must be a function
+            or object of a module; the sample is read-only where `cache_bytes` is set. Everything random must come
+            from the generator.
+        collate: list of what `encode` returned -> batch, where batches are made. By default fields are gathered by
+            name: arrays and numbers to tensors (b, ...), `Ragged` rows to one `Ragged`, others to lists.
+        seed: of the order and of every sample's generator.
+        rank: this process's number.
+        world_size: number of processes that share each step.
+        num_workers: threads or processes that make batches; 0 makes each one when it is asked for.
+        workers: "thread": they share memory, and Python's lock for what is not decoding. "process": they share
+            nothing but the batches, which lie in shared memory; start the program under
+            `if __name__ == "__main__":`.
+        prefetch: batches that each worker may be ahead.
+        max_unreadable: fraction of the samples drawn by this rank; see `tally.Tally` for the rule.
+        skip_log: JSONL file to which skipped samples are appended.
+        limits: what an image may weigh.
+        cache_bytes: decoded samples are kept in memory until they take this much; for pools that fit. Worker
+            processes have an equal part of it each.
+        epochs: passes over the mixture after which iteration ends; the last step may be a smaller one, and its
+            shares may differ by one between ranks.
+        samples: the same as a number of samples, over all ranks and counted from position 0.
+        window: samples of a large source that are shuffled together; see `sampler.Order`.
+        finish: what is done to a batch of tensors in this process before it is handed out (padding, say).
+        device: where batches are handed out. For a CUDA device they are pinned and copied on a stream of their own
+            while the batch before is computed on.
+        group: ranks over which `counters` and `state_dict` sum what was skipped; those are then to be called on
+            all of them. None: this rank's alone.
     """
 
     def __init__(
@@ -71,7 +104,7 @@ class Loader:
         workers: Literal["thread", "process"] = "thread",
         prefetch: int = 2,
         max_unreadable: float = 0.01,
-        skip_log: Path | None = None,
+        skip_log: str | os.PathLike[str] | None = None,
         limits: DecodeLimits | None = None,
         cache_bytes: int = 0,
         epochs: float | None = None,
@@ -81,39 +114,8 @@ class Loader:
         device: torch.device | str | None = None,
         group: ProcessGroup | None = None,
     ):
-        """Open the sources.
+        """Open the sources; arguments as above.
 
-        Args:
-            sources: what to draw from; their weights are exact in every block of the order.
-            batch_size: samples per step over all ranks; each rank gets `batch_size / world_size` of them.
-            encode: sample and its own generator -> named arrays (of one shape over the batch, or `Ragged.one(array)`),
-                numbers or strings. Called where batches are made, so with `workers="process"` it must be a function
-                or object of a module; the sample is read-only where `cache_bytes` is set. Everything random must come
-                from the generator.
-            collate: list of what `encode` returned -> batch, where batches are made. By default fields are gathered by
-                name: arrays and numbers to tensors (b, ...), `Ragged` rows to one `Ragged`, others to lists.
-            seed: of the order and of every sample's generator.
-            rank: this process's number.
-            world_size: number of processes that share each step.
-            num_workers: threads or processes that make batches; 0 makes each one when it is asked for.
-            workers: "thread": they share memory, and Python's lock for what is not decoding. "process": they share
-                nothing but the batches, which lie in shared memory; start the program under
-                `if __name__ == "__main__":`.
-            prefetch: batches that each worker may be ahead.
-            max_unreadable: fraction of the samples drawn by this rank; see `tally.Tally` for the rule.
-            skip_log: JSONL file to which skipped samples are appended.
-            limits: what an image may weigh.
-            cache_bytes: decoded samples are kept in memory until they take this much; for pools that fit. Worker
-                processes have an equal part of it each.
-            epochs: passes over the mixture after which iteration ends; the last step may be a smaller one, and its
-                shares may differ by one between ranks.
-            samples: the same as a number of samples, over all ranks and counted from position 0.
-            window: samples of a large source that are shuffled together; see `sampler.Order`.
-            finish: what is done to a batch of tensors in this process before it is handed out (padding, say).
-            device: where batches are handed out. For a CUDA device they are pinned and copied on a stream of their own
-                while the batch before is computed on.
-            group: ranks over which `counters` and `state_dict` sum what was skipped; those are then to be called on
-                all of them. None: this rank's alone.
         Raises:
             ConfigError: the batch cannot be shared evenly, or a number is out of range.
             MissingInput: a source has no shards or no readable sample.
@@ -128,7 +130,8 @@ class Loader:
         self.order = _order(self.pools, sources, seed, window)
         self._end = self.order.budget(epochs, samples)
         self.batch_size, self.seed, self.rank, self.world_size = batch_size, seed, rank, world_size
-        self.tally = Tally(max_unreadable, skip_log)
+        log = None if skip_log is None else Path(skip_log)
+        self.tally = Tally(max_unreadable, log)
         in_process = workers == "process" and num_workers > 0
         self._maker = BatchMaker(
             self.pools,
@@ -147,7 +150,7 @@ class Loader:
         self._finish, self._device, self._group = finish, device, group
         self._before: dict[str, float] = {}  # counters of the runs that this one goes on from
         self._consumed = 0
-        self._report_damage(max_unreadable, skip_log)
+        self._report_damage(max_unreadable, log)
 
     @property
     def samples_consumed(self) -> int:

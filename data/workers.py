@@ -216,9 +216,9 @@ class _Worker:
         self.asked.remove(start)
         number = self._slot_of.pop(start)
         skips = [Skip(**skip) for skip in message["skips"]]
-        if message["layout"] is None:
+        if not message["layout"]:  # given up, or nothing of the last step is this rank's
             self._free.append(number)
-            return Made(None, message["drawn"], skips)
+            return Made(None if message["layout"] is None else {}, message["drawn"], skips)
         data = self._slots[number].view(message["size"])
         weakref.finalize(data, self._free.append, number).atexit = False
         return Made(unpack(message["layout"], data), message["drawn"], skips)

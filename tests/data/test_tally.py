@@ -4,9 +4,12 @@ import json
 from pathlib import Path
 
 import pytest
+from torch.distributed import ProcessGroup
 
-from mmfoundry.data.tally import Skip, Tally
+from mmfoundry.data.tally import Skip, Tally, joint_counts
+from mmfoundry.pipeline.distributed import rank_in
 from mmfoundry.pipeline.errors import ConfigError, TooManyUnreadable
+from tests.ranks import run_ranks
 
 
 def _skips(count: int, reason: str = "damaged image") -> list[Skip]:
@@ -58,3 +61,13 @@ def test_good_samples_never_stop_a_run() -> None:
 def test_a_limit_is_a_fraction(limit: float) -> None:
     with pytest.raises(ConfigError, match="max_unreadable"):
         Tally(limit)
+
+
+def _joint(group: ProcessGroup | None, shared: dict[str, float]) -> dict[str, float]:
+    return joint_counts(shared | {f"skipped/rank {rank_in(group)}": 1.0 + rank_in(group)}, group)
+
+
+def test_counts_are_summed_over_ranks_also_under_names_that_others_lack() -> None:
+    expected = {"drawn": 10.0, "skipped/rank 0": 1.0, "skipped/rank 1": 2.0}
+    assert run_ranks(_joint, 2, {"drawn": 5.0}) == [expected, expected]
+    assert _joint(None, {"drawn": 5.0}) == {"drawn": 5.0, "skipped/rank 0": 1.0}

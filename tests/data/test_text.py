@@ -1,8 +1,15 @@
 """tokenize gives open_clip's ids; captions are chosen by the sample's generator."""
 
+from functools import lru_cache
+from multiprocessing import reduction
+from typing import Any
+
 import numpy as np
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
+from mmfoundry.data.clip_words import ClipWords
 from mmfoundry.data.decode import UnreadableSample
 from mmfoundry.data.sample import Sample
 from mmfoundry.data.text import ClipTokenizer, choose_caption, clip_tokenizer, tokenize
@@ -22,6 +29,37 @@ def test_ids_are_open_clips(length: int) -> None:
     np.testing.assert_array_equal(found, open_clip.tokenize(TEXTS, length).numpy())
     np.testing.assert_array_equal(tokenize(TEXTS[0], length), found[:1])
     np.testing.assert_array_equal(tokenize(TEXTS, length), found)  # from the cache
+
+
+WORDS = st.sampled_from(
+    ["don't", "aaaa", "<END_OF_TEXT>", "<start_of_text>x", "&amp;lt;b&amp;gt;", "Ã©tÃ©", "3.14", "!!!?", "İ", "ﬁ"]
+)
+
+
+@settings(max_examples=300, deadline=None)
+@given(st.lists(st.one_of(st.text(max_size=12), WORDS), max_size=6))
+def test_ids_of_anything_are_open_clips(parts: list[str]) -> None:
+    declare_missing_ops()
+    from open_clip.tokenizer import SimpleTokenizer
+
+    text = " ".join(parts)
+    assert _words().encode(text) == _reference(SimpleTokenizer).encode(text)
+
+
+@lru_cache(maxsize=1)
+def _words() -> ClipWords:
+    return ClipWords()
+
+
+@lru_cache(maxsize=1)
+def _reference(kind: type) -> Any:
+    return kind()
+
+
+def test_a_tokenizer_is_sent_to_a_process_by_its_settings() -> None:
+    sent = reduction.ForkingPickler.dumps(ClipTokenizer(9))
+    assert len(sent) < 500
+    assert reduction.ForkingPickler.loads(sent).encode("a " * 30).shape == (9,)
 
 
 def test_encode_does_not_pad() -> None:

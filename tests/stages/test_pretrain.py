@@ -106,6 +106,18 @@ def test_learns_and_leaves_a_whole_artifact(shards: Path, tmp_path: Path) -> Non
     assert again.manifest.created == artifact.manifest.created
 
 
+def test_worker_processes_change_nothing(shards: Path, tmp_path: Path) -> None:
+    trainer = tree(shards)["trainer"] | {"max_steps": 3}
+    curves = []
+    for workers in ("thread", "process"):
+        loader = {"num_workers": 2, "workers": workers}
+        config = parse(PretrainConfig, tree(shards, trainer=trainer, loader=loader))
+        artifact = run_stage(STAGE, config, tmp_path / workers, init_runtime())
+        assert artifact.manifest.metrics["samples_skipped"] == 0
+        curves.append(losses(artifact.path))
+    assert curves[0] == curves[1]
+
+
 def test_cut_off_and_started_again_it_ends_alike(shards: Path, tmp_path: Path) -> None:
     config = parse(PretrainConfig, tree(shards))
     whole = run_stage(STAGE, config, tmp_path / "whole", init_runtime())
