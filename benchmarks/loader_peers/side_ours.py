@@ -1,4 +1,4 @@
-"""Ours: bytes out of the workers, normalised on the device."""
+"""Ours, as docs/loader.md has it: bytes and ragged ids out of the workers, normalised on the device."""
 
 from __future__ import annotations
 
@@ -10,6 +10,8 @@ import numpy as np
 
 from mmfoundry.data.index import expand_shards, open_index
 from mmfoundry.data.loader import Loader, Source
+from mmfoundry.data.pairs import pad_text
+from mmfoundry.data.ragged import Ragged
 from mmfoundry.data.text import ClipTokenizer, choose_caption
 from mmfoundry.data.transforms import TrainTransform
 
@@ -20,17 +22,16 @@ if TYPE_CHECKING:
 
 
 class Encode:
-    """Crop, resize, tokenise. No ids are remembered: a pool that is read once repeats no caption."""
+    """What `PairEncoder` does, but no ids are remembered: a corpus that is read once repeats no caption."""
 
     def __init__(self) -> None:
         self._transform = TrainTransform(224)
-        self._tokenizer: ClipTokenizer | None = None
+        self._tokenizer = ClipTokenizer(cached_captions=0)
 
     def __call__(self, sample: Sample, rng: np.random.Generator) -> dict[str, Any]:
-        """Sample -> `image` uint8 (3, 224, 224), `text` int32 (77,)."""
-        if self._tokenizer is None:
-            self._tokenizer = ClipTokenizer(cached_captions=0)
-        return {"image": self._transform(sample.image, rng), "text": self._tokenizer(choose_caption(sample, rng))[0]}
+        """Sample -> `image` uint8 (3, 224, 224), `text` int32 (at most 77,)."""
+        tokens = self._tokenizer.encode(choose_caption(sample, rng))
+        return {"image": self._transform(sample.picture, rng), "text": Ragged.one(tokens)}
 
 
 def prepare(pool: Path) -> None:
@@ -43,6 +44,13 @@ def batches(pool: Path, workers: int, batch: int, device: str) -> Generator[torc
     """Normalised images on the device, float32 (batch, 3, 224, 224), without end."""
     from mmfoundry.data.transforms import normalise
 
-    for made in Loader([Source(pool)], batch_size=batch, encode=Encode(), num_workers=workers):
-        images = made["image"].pin_memory() if device == "cuda" else made["image"]
-        yield normalise(images.to(device, non_blocking=True))
+    loader = Loader(
+        [Source(pool)],
+        batch_size=batch,
+        encode=Encode(),
+        num_workers=workers,
+        finish=pad_text,
+        device=device,
+    )
+    for made in loader:
+        yield normalise(made["image"])
