@@ -31,6 +31,7 @@ REQUIREMENTS = {
     # it wants numpy < 2.2; of its requirements those that local shards use, none of its clouds' clients
     "mosaicml-streaming": (
         "mosaicml-streaming==0.13.0",
+        "catalogue==2.0.10",
         "numpy==2.1.3",
         "zstd==1.5.7.2",
         "python-snappy==0.7.3",
