@@ -2,7 +2,6 @@
 
 import re
 from array import array
-from collections import Counter
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 
@@ -67,7 +66,7 @@ def group(found: Iterable[TarMember | Damage], before: Mapping[str, frozenset[st
     Added to the damage that is found: "unsafe path", "no extension", "duplicate member", "duplicate key", and
     "incomplete sample": one that borders on damage and lacks a member. Which members it should have is known from
     `before`, or else from a damaged header whose name can still be read, or else from the samples away from damage:
-    none of them has just this set of extensions.
+    none of them has just this set of extensions; or, where there is no such sample, another one has more.
 
     Args:
         found: members and damage in order of place.
@@ -139,7 +138,10 @@ def _collect(found: Iterable[TarMember | Damage]) -> tuple[Grouped, set[int], di
 def _drop_incomplete(
     grouped: Grouped, borders: set[int], named: Mapping[str, set[str]], before: Mapping[str, frozenset[str]]
 ) -> None:
-    usual = Counter(grouped.kinds_of(number) for number in range(len(grouped.keys)) if number not in borders)
+    usual = {grouped.kinds_of(number) for number in range(len(grouped.keys)) if number not in borders}
+    if not usual:  # a few samples, all of them beside damage
+        every = {grouped.kinds_of(number) for number in borders}
+        usual = {kinds for kinds in every if not any(kinds < other for other in every)}
 
     def lacks_a_member(number: int) -> bool:
         key, kinds = grouped.keys[number], grouped.kinds_of(number)

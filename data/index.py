@@ -130,6 +130,7 @@ def open_index(
     save: bool = True,
     index_dir: str | os.PathLike[str] | None = None,
     storage: Storage | None = None,
+    digest: bool = False,
 ) -> ShardIndex:
     """The index of a shard: the stored one if it fits the shard, otherwise made by reading the shard's headers.
 
@@ -142,6 +143,7 @@ def open_index(
         save: keep a new index; where that cannot be done it is used from memory all the same.
         index_dir: folder for the index; by default the shard's own, or for URLs one in the user's cache.
         storage: how remote shards are read; by default with the default options.
+        digest: where the index has no digest of the shard's content yet, read it whole and take one.
     Raises:
         MissingInput: no such shard.
         StorageError: the server of a remote shard does not give it.
@@ -150,13 +152,16 @@ def open_index(
     storage = storage or Storage()
     before = stored_index(place, folder)
     with storage.open(place) as file:
-        if before is not None and (before.shard_bytes, before.identity) == (file.size, file.identity):
+        fits = before is not None and (before.shard_bytes, before.identity) == (file.size, file.identity)
+        if before is not None and fits and (before.digest or not digest):
             return before
-        index = None
+        index = before if fits else None
         if before is None and isinstance(place, ShardUrl):
             index = _published_index(place, file, storage)
         if index is None:
             index = _compare(_index_of(place, file, before), before)
+        if digest and not index.digest:
+            index = replace(index, digest=_digest(file))
     if save:
         try:
             save_index(index, place, folder)

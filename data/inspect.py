@@ -1,13 +1,17 @@
 """Answers about shards for people: what is in them, whether they are whole, which samples a rank will get."""
 
+import os
 from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
-from mmfoundry.data.index import ShardSpec, expand_shards, index_shard, open_index, stored_index
+from mmfoundry.data.index import index_shard, open_indexes, stored_index
+from mmfoundry.data.permutation import WINDOW
 from mmfoundry.data.reader import Pool
 from mmfoundry.data.sampler import Order
+from mmfoundry.data.shard_names import Shard, ShardSpec, expand_shards
+from mmfoundry.data.storage import Storage
 from mmfoundry.data.tar import Damage
 from mmfoundry.pipeline.errors import ConfigError
 
@@ -16,7 +20,7 @@ from mmfoundry.pipeline.errors import ConfigError
 class ShardSummary:
     """What one shard holds: samples, bytes, members and their bytes by extension, damage by reason."""
 
-    shard: Path
+    shard: Shard
     samples: int
     bytes: int
     members: Counter[str]
@@ -25,22 +29,32 @@ class ShardSummary:
 
 
 @dataclass(frozen=True)
-class Finding:
-    """Something wrong with a shard."""
+class Checked:
+    """A shard that was read whole.
 
-    shard: Path
-    damage: Damage
+    Attributes:
+        shard: the tar.
+        samples: that it has now.
+        compared: whether there was a digest to compare its content with.
+        damage: what is wrong with it; empty if nothing is.
+    """
+
+    shard: Shard
+    samples: int
+    compared: bool
+    damage: tuple[Damage, ...]
 
 
 def iter_keys(
-    shards: ShardSpec,
+    shards: ShardSpec | Pool,
     *,
     seed: int = 0,
     epoch: int = 0,
     world_size: int = 1,
     rank: int = 0,
     start: int = 0,
-    count: int,
+    count: int | None = None,
+    window: int = WINDOW,
 ) -> Iterator[str]:
     """The keys that one rank draws, in order, from one source.
 
@@ -48,37 +62,42 @@ def iter_keys(
     end the next epoch follows. It is the order of a `Loader` with these shards as its only source and this seed.
 
     Args:
-        shards: what `index.expand_shards` takes.
+        shards: what `shard_names.expand_shards` takes, or a pool.
         seed: of the order.
         epoch: counted from 0.
         world_size: number of ranks.
         rank: whose keys.
         start: position in the epoch, counted over all ranks.
-        count: keys of this rank.
+        count: keys of this rank; None: as many as there are from `start` to the end of the epoch.
+        window: samples that are shuffled together, as for `Loader`.
     Raises:
         ConfigError: a number is out of range.
         MissingInput: no shards, or no readable sample in them.
     """
-    if world_size < 1 or not 0 <= rank < world_size or min(epoch, start, count) < 0:
+    if world_size < 1 or not 0 <= rank < world_size or min(epoch, start, count or 0) < 0:
         raise ConfigError(
             f"rank {rank} of world size {world_size}, epoch {epoch}, start {start}, count {count}: "
             "needs 0 <= rank < world size and no negative number"
         )
-    pool = Pool(shards)
-    order = Order([len(pool)], seed=seed)
+    pool = shards if isinstance(shards, Pool) else Pool(shards)
+    order = Order([len(pool)], seed=seed, window=window)
+    if count is None:
+        count = len(range(start + rank, len(pool), world_size))
     first = epoch * len(pool) + start + rank
     return (pool.key(order.at(first + number * world_size).index) for number in range(count))
 
 
-def describe(shards: ShardSpec) -> list[ShardSummary]:
+def describe(shards: ShardSpec, index_dir: str | os.PathLike[str] | None = None) -> list[ShardSummary]:
     """One row a shard, from its index.
 
+    Args:
+        shards: what `shard_names.expand_shards` takes.
+        index_dir: folder of indexes, as for `index.open_index`.
     Raises:
         MissingInput: no shards.
     """
     rows = []
-    for shard in expand_shards(shards):
-        index = open_index(shard)
+    for index in open_indexes(expand_shards(shards), index_dir=index_dir):
         members: Counter[str] = Counter()
         member_bytes: Counter[str] = Counter()
         for number, extension in enumerate(index.extensions):
@@ -86,28 +105,35 @@ def describe(shards: ShardSpec) -> list[ShardSummary]:
             members[extension] = int(chosen.sum())
             member_bytes[extension] = int(index.arrays["sizes"][chosen].sum())
         damage = Counter(found.reason for found in index.damage)
-        rows.append(ShardSummary(shard, len(index), index.shard_bytes, members, member_bytes, damage))
+        rows.append(ShardSummary(index.shard, len(index), index.shard_bytes, members, member_bytes, damage))
     return rows
 
 
-def verify(shards: ShardSpec) -> list[Finding]:
+def verify(
+    shards: ShardSpec, index_dir: str | os.PathLike[str] | None = None, storage: Storage | None = None
+) -> Iterator[Checked]:
     """Read every shard whole and compare it with what its index says of it; an index is neither trusted nor written.
 
-    Returns:
-        Damage found in the headers now; "content changed" where the SHA-256 taken when the shard was written is
-        another one; "gone since indexed" for every key that the index has and the shard has no more.
+    Args:
+        shards: what `shard_names.expand_shards` takes.
+        index_dir: folder of indexes, as for `index.open_index`.
+        storage: how remote shards are read; by default with the default options.
+    Yields:
+        For each shard what is wrong with it: damage found in the headers now; "content changed" where the SHA-256
+        taken when the shard was written or indexed is another one; "gone since indexed" for every key that the index
+        has and the shard has no more.
     Raises:
         MissingInput: no shards.
+        StorageError: a server does not give its shard.
     """
-    findings = []
+    folder = Path(index_dir) if index_dir is not None else None
     for shard in expand_shards(shards):
-        before = stored_index(shard)
-        now = index_shard(shard, digest=True)
+        before = stored_index(shard, folder)
+        now = index_shard(shard, digest=True, before=before, storage=storage)
         damage = list(now.damage)
         if before is not None and before.digest and before.digest != now.digest:
             damage.append(Damage(0, "content changed"))
         if before is not None:
             gone = {*before.keys()} - {*now.keys()} - {found.name for found in damage}
             damage += [Damage(now.shard_bytes, "gone since indexed", key) for key in sorted(gone)]
-        findings += [Finding(shard, found) for found in damage]
-    return findings
+        yield Checked(shard, len(now), before is not None and bool(before.digest), tuple(damage))

@@ -5,11 +5,11 @@ import os
 import re
 from collections.abc import Sequence
 from pathlib import Path
-from urllib.parse import urlsplit
+from urllib.parse import urlsplit, urlunsplit
 
 from mmfoundry.pipeline.errors import ConfigError, DamagedInput, MissingInput
 
-_COMPRESSED = (".tar.gz", ".tgz", ".tar.bz2", ".tar.xz", ".tar.zst")
+COMPRESSED = (".tar.gz", ".tgz", ".tar.bz2", ".tar.xz", ".tar.zst")
 _URL = re.compile(r"[A-Za-z][A-Za-z0-9+.-]+://")
 _MAX_BRACE_ITEMS = 1_000_000
 
@@ -30,6 +30,15 @@ ShardSpec = str | os.PathLike[str] | Sequence["str | os.PathLike[str]"]
 def is_url(text: str) -> bool:
     """Whether it names something for fsspec: a scheme and `://`."""
     return _URL.match(text) is not None
+
+
+def shown(shard: str | os.PathLike[str]) -> str:
+    """A shard's name as it may go to a terminal or a log: a URL without user, password and signature."""
+    text = os.fspath(shard)
+    if not is_url(text):
+        return text
+    parts = urlsplit(text)
+    return urlunsplit((parts.scheme, parts.netloc.rpartition("@")[2], parts.path, "", ""))
 
 
 def as_shard(text: str | os.PathLike[str]) -> Shard:
@@ -99,20 +108,20 @@ def _remote(url: ShardUrl) -> list[Shard]:
         system, path = fsspec.core.url_to_fs(pattern)
         names = sorted(name for name in system.glob(path) if name.endswith(".tar"))
     except (ImportError, ValueError) as error:  # no such scheme, or its package is not installed
-        raise MissingInput(f"{url}: {error}") from error
+        raise MissingInput(f"{shown(url)}: {error}") from error
     except OSError as error:
-        raise MissingInput(
-            f"{url}: no list of shards from there ({error}); name them by a brace range"
-        ) from error
+        raise MissingInput(f"{url}: no list of shards from there ({error}); name them by a brace range") from error
     if not names:
-        raise MissingInput(f"{url}: no *.tar there; name the shards by a pattern or a brace range such as {{000..099}}")
+        raise MissingInput(
+            f"{shown(url)}: no *.tar there; name the shards by a pattern or a brace range such as {{000..099}}"
+        )
     return [ShardUrl(system.unstrip_protocol(name)) for name in names]
 
 
 def _refuse_compressed(shard: Shard) -> None:
-    if shard.name.endswith(_COMPRESSED):
+    if shard.name.endswith(COMPRESSED):
         raise DamagedInput(
-            f"{shard}: a compressed tar has no places to index; unpack it to a plain .tar, or "
+            f"{shown(shard)}: a compressed tar has no places to index; unpack it to a plain .tar, or "
             "`mmfoundry data convert` it"
         )
 

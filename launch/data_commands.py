@@ -1,54 +1,72 @@
-"""`mmfoundry index` and `mmfoundry data ...`: look into shards without unpacking them."""
+"""`mmfoundry index` and `mmfoundry data ...`: look into shards without unpacking them, and make them."""
 
 from __future__ import annotations
 
 import json
 from collections import Counter
-from typing import Annotated
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from mmfoundry.launch.data_keys import keys
+
+if TYPE_CHECKING:
+    from mmfoundry.data.tar import Damage
+
 data_app = typer.Typer(no_args_is_help=True, help="Look into shards: their keys, one sample, what is damaged.")
+data_app.command()(keys)
 
 ShardNames = Annotated[
     list[str],
-    typer.Argument(metavar="SHARDS...", help="Tars, folders of them, or quoted patterns such as 'pool/*.tar'."),
+    typer.Argument(metavar="SHARDS...", help="Tars, folders of them, quoted patterns such as 'pool/*.tar', or URLs."),
 ]
+IndexDir = Annotated[
+    Path | None,
+    typer.Option("--index-dir", help="Folder of the indexes, for shards whose own folder is read-only or remote."),
+]
+DAMAGED = 3  # exit code of `index --strict`
 _SHOWN_DAMAGE = 20
 
 
-def index_shards(shards: ShardNames) -> None:
+def index_shards(
+    shards: ShardNames,
+    index_dir: IndexDir = None,
+    digest: Annotated[
+        bool, typer.Option("--digest", help="Also read the content, for a digest that `data verify` compares with.")
+    ] = False,
+    strict: Annotated[bool, typer.Option("--strict", help="Exit code 3 if anything could not be read.")] = False,
+) -> None:
     """Write the index beside each shard, so that samples can be read in any order; say what is damaged.
 
     Stages do this by themselves; doing it ahead, on the machine that holds the shards, saves them the wait.
 
     Example: `mmfoundry index data/samples`
     """
-    from mmfoundry.data.index import expand_shards, index_path, open_index
+    from mmfoundry.data.index import open_index, stored_index
+    from mmfoundry.data.shard_names import expand_shards, shown
 
     samples = damaged = 0
     for shard in expand_shards(shards):
-        index = open_index(shard)
+        index = open_index(shard, index_dir=index_dir, digest=digest)
         samples += len(index)
         damaged += len(index.damage)
-        note = "" if index_path(shard).is_file() else " (the index could not be kept beside it)"
-        print(f"{shard}: {len(index)} samples{note}")
+        kept = stored_index(shard, index_dir)
+        note = "" if kept is not None and kept.identity == index.identity else " (the index could not be written)"
+        print(f"{shown(shard)}: {len(index)} samples{note}")
         for damage in index.damage[:_SHOWN_DAMAGE]:
-            print(f"  byte {damage.offset}: {damage.reason} {damage.name}".rstrip())
+            print(f"  {_told(damage)}")
+        if len(index.damage) > _SHOWN_DAMAGE:
+            print(f"  and {len(index.damage) - _SHOWN_DAMAGE} more")
     print(f"{samples} samples, {damaged} damaged places")
+    if strict and damaged:
+        raise typer.Exit(DAMAGED)
 
 
-@data_app.command()
-def keys(shards: ShardNames) -> None:
-    """Print the key of every sample, one a line, in order.
+def _told(damage: Damage) -> str:
+    from mmfoundry.data.grouping import printable
 
-    Example: `mmfoundry data keys 'data/samples/pool-*.tar' | wc -l`
-    """
-    from mmfoundry.data.index import expand_shards, open_index
-
-    for shard in expand_shards(shards):
-        for key in open_index(shard, save=False).keys():  # noqa: SIM118 - not a dict
-            print(key)
+    return f"byte {damage.offset}: {damage.reason} {printable(damage.name)}".rstrip()
 
 
 @data_app.command()
@@ -56,16 +74,19 @@ def inspect(
     shards: ShardNames,
     number: Annotated[int, typer.Option("--number", min=0, help="Which sample, counted from 0 over all shards.")] = 0,
     key: Annotated[str | None, typer.Option("--key", help="The sample of this key instead.")] = None,
+    index_dir: IndexDir = None,
 ) -> None:
     """Show one sample: its members, its image's size, its captions, messages and metadata.
 
     Example: `mmfoundry data inspect data/samples --number 3`
     """
+    from mmfoundry.data.grouping import printable
     from mmfoundry.data.reader import Pool
     from mmfoundry.data.sample import to_sample
+    from mmfoundry.data.shard_names import shown
     from mmfoundry.pipeline.errors import MissingInput
 
-    pool = Pool(list(shards), save_index=False)
+    pool = Pool(list(shards), save_index=False, index_dir=index_dir)
     if key is not None:
         number = next((i for i in range(len(pool)) if pool.key(i) == key), -1)
         if number < 0:
@@ -73,47 +94,113 @@ def inspect(
     if number >= len(pool):
         raise MissingInput(f"{pool.name}: no sample {number}; there are {len(pool)}, counted from 0")
     raw = pool.get(number)
-    print(f"{raw.shard}: {raw.key}")
+    print(f"{shown(raw.shard)}: {raw.key}")
     for extension, payload in raw.members.items():
         print(f"  {extension}: {len(payload)} bytes")
     sample = to_sample(raw)
     print(f"  image: {sample.image.shape[1]} x {sample.image.shape[0]} pixels")
     for text in sample.text:
-        print(f"  caption: {text}")
+        print(f"  caption: {printable(text)}")
     for message in sample.messages or []:
-        print(f"  {message['role']}: {message['content']}")
+        print(f"  {printable(str(message.get('role')))}: {printable(str(message.get('content')))}")
     if sample.meta:
         print(f"  meta: {json.dumps(sample.meta, ensure_ascii=False)}")
 
 
 @data_app.command()
-def verify(shards: ShardNames) -> None:
-    """Read and decode every sample; count what cannot be used by reason. Exit code 1 if there is any.
+def verify(
+    shards: ShardNames,
+    index_dir: IndexDir = None,
+    decode: Annotated[
+        bool, typer.Option("--decode/--no-decode", help="Decode every sample, not only compare digests and headers.")
+    ] = True,
+) -> None:
+    """Compare every shard with the digest in its index, and decode every sample. Exit code 1 if anything is wrong.
+
+    What cannot be used is counted by reason. Shards that we wrote have a digest; `mmfoundry index --digest` takes one
+    of others.
 
     Example: `mmfoundry data verify 'data/samples/pictures-*.tar'`
     """
     from mmfoundry.data.decode import UnreadableSample
+    from mmfoundry.data.inspect import verify as verify_shards
     from mmfoundry.data.reader import Pool
     from mmfoundry.data.sample import to_sample
+    from mmfoundry.data.shard_names import shown
 
-    pool = Pool(list(shards), save_index=False)
     reasons: Counter[str] = Counter()
-    shown = 0
-    for shard, damage in pool.damage:
-        reasons[damage.reason] += 1
-        if shown < _SHOWN_DAMAGE:
-            shown += 1
-            print(f"{shard}, byte {damage.offset}: {damage.reason} {damage.name}".rstrip())
-    for number in range(len(pool)):
-        try:
-            to_sample(pool.get(number))
-        except UnreadableSample as error:
-            reasons[error.reason] += 1
-            if shown < _SHOWN_DAMAGE:
-                shown += 1
-                print(f"{pool.locate(number)[0].shard}, {pool.key(number)}: {error}")
-    print(f"{len(pool)} samples; {sum(reasons.values())} problems")
+    problems: list[str] = []  # those that are shown
+    samples = compared = 0
+    checked = list(verify_shards(list(shards), index_dir))
+    for shard in checked:
+        samples += shard.samples
+        compared += shard.compared
+        for damage in shard.damage:
+            reasons[damage.reason] += 1
+            if len(problems) < _SHOWN_DAMAGE:
+                problems.append(f"{shown(shard.shard)}, {_told(damage)}")
+    if decode and samples:
+        pool = Pool(list(shards), save_index=False, index_dir=index_dir)
+        for number in range(len(pool)):
+            try:
+                to_sample(pool.get(number)).image  # noqa: B018 - decoded when asked for
+            except UnreadableSample as error:
+                reasons[error.reason] += 1
+                if len(problems) < _SHOWN_DAMAGE:
+                    problems.append(f"{shown(pool.locate(number)[0].shard)}, {pool.key(number)}: {error}")
+    for problem in problems:
+        print(problem)
+    print(f"{samples} samples; {compared} of {len(checked)} shards have a digest; {sum(reasons.values())} problems")
     for reason, count in reasons.most_common():
         print(f"  {count} x {reason}")
     if reasons:
         raise typer.Exit(1)
+
+
+@data_app.command()
+def convert(
+    source: Annotated[
+        str,
+        typer.Argument(
+            metavar="SOURCE", help="A folder of pictures, a table (csv, tsv, parquet, jsonl) of their paths, or tars."
+        ),
+    ],
+    output: Annotated[Path, typer.Option("--output", help="Folder for the shards.")],
+    image_column: Annotated[str, typer.Option(help="Of a table: paths of the pictures.")] = "image",
+    caption_column: Annotated[str, typer.Option(help="Of a table: captions; other columns become metadata.")] = (
+        "caption"
+    ),
+    images: Annotated[
+        Path | None, typer.Option(help="Folder that a table's paths start from; the table's own when left out.")
+    ] = None,
+    max_count: Annotated[int, typer.Option(min=1, help="Samples per shard, at most.")] = 10_000,
+    max_bytes: Annotated[int, typer.Option(min=1, help="Bytes per shard, at most.")] = 1 << 30,
+    max_unreadable: Annotated[
+        float, typer.Option(min=0, max=1, help="Fraction of the samples that may be left out.")
+    ] = 0.01,
+) -> None:
+    """Write shards from what there is: the same bytes for the same source, with an index beside each.
+
+    Pictures keep their bytes. In a folder, `.txt` and `.json` files of a picture's name go with it. What cannot be
+    taken is counted and listed in `left_out.jsonl`.
+
+    Example: `mmfoundry data convert photos --output shards`
+    """
+    from mmfoundry.data.convert import ConvertOptions
+    from mmfoundry.data.convert import convert as write
+
+    options = ConvertOptions(
+        image_column=image_column,
+        caption_column=caption_column,
+        images=images,
+        max_count=max_count,
+        max_bytes=max_bytes,
+        max_unreadable=max_unreadable,
+    )
+    shards, tally = write(source, output, options)
+    print(f"{tally.drawn - tally.skipped} samples in {len(shards)} shards; {tally.skipped} left out")
+    reasons: Counter[str] = Counter()
+    for (_, reason), count in tally.counts.items():
+        reasons[reason] += count
+    for reason, count in reasons.most_common():
+        print(f"  {count} x {reason}")

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from mmfoundry.data.index import index_path
+from mmfoundry.data.index import drop_index, index_path, open_index
 from mmfoundry.data.inspect import describe, iter_keys, verify
 from mmfoundry.data.loader import Loader, Source
 from mmfoundry.pipeline.errors import ConfigError, MissingInput
@@ -65,12 +65,46 @@ def test_describe_counts_members_and_damage(make_shards: Make) -> None:
 
 def test_verify_finds_one_flipped_bit(make_shards: Make) -> None:
     shards = make_shards(15)
-    assert verify(shards) == []
+    assert _wrong(shards) == []
     data = bytearray(shards[0].read_bytes())
     data[512 + 3] ^= 1  # in a payload, which headers do not cover
     shards[0].write_bytes(data)
     before = index_path(shards[0]).read_bytes()
-    assert [(finding.shard, finding.damage.reason) for finding in verify(shards)] == [(shards[0], "content changed")]
+    assert _wrong(shards) == [(shards[0], "content changed")]
     assert index_path(shards[0]).read_bytes() == before
     describe(shards)  # rebuilds the stale index; what the shard was written with is not forgotten
-    assert [finding.damage.reason for finding in verify(shards)] == ["content changed"]
+    assert _wrong(shards) == [(shards[0], "content changed")]
+
+
+def _wrong(shards: list[Path], index_dir: Path | None = None) -> list[tuple[Path, str]]:
+    checked = list(verify(shards, index_dir))
+    assert [shard.shard for shard in checked] == shards
+    return [(Path(str(shard.shard)), damage.reason) for shard in checked for damage in shard.damage]
+
+
+def test_a_digest_of_shards_that_others_wrote_is_taken_when_asked_for(make_shards: Make, tmp_path: Path) -> None:
+    shards = make_shards(15)
+    for shard in shards:
+        drop_index(shard)
+    assert [open_index(shard).digest for shard in shards] == ["", ""]
+    assert [checked.compared for checked in verify(shards)] == [False, False]
+    for shard in shards:
+        open_index(shard, digest=True)
+    assert [checked.compared for checked in verify(shards)] == [True, True]
+    data = bytearray(shards[1].read_bytes())
+    data[512 + 3] ^= 1
+    shards[1].write_bytes(data)
+    assert _wrong(shards) == [(shards[1], "content changed")]
+    open_index(shards[1], digest=True)  # is not taken anew: the damage would be blessed
+    assert _wrong(shards) == [(shards[1], "content changed")]
+
+
+def test_verify_finds_indexes_in_the_folder_that_is_named(make_shards: Make, tmp_path: Path) -> None:
+    shards = make_shards(5)
+    drop_index(shards[0])
+    open_index(shards[0], index_dir=tmp_path / "indexes", digest=True)
+    data = bytearray(shards[0].read_bytes())
+    data[512 + 3] ^= 1
+    shards[0].write_bytes(data)
+    assert _wrong(shards) == []
+    assert _wrong(shards, tmp_path / "indexes") == [(shards[0], "content changed")]
