@@ -15,8 +15,11 @@ from mmfoundry.data import Loader, Pool, Sample, Source, UnreadableSample, write
 from mmfoundry.data.inspect import iter_keys
 from mmfoundry.data.loader import stack
 from mmfoundry.pipeline.errors import ConfigError, TooManyUnreadable
+from tests.data.golden_batches import digest
 
 Make = Callable[..., list[Path]]
+# of the first release's order, crops, captions and redraws; another one changes what every seed means
+GOLDEN = "bfcecc88efdceff330ebb0a57c5e61a879bcd36e7aa988b0bf5026dfba0b3bbc"
 
 
 def _encode(sample: Sample, rng: np.random.Generator) -> dict:
@@ -156,6 +159,8 @@ def test_a_saved_position_of_other_data_is_refused(sources: list[Source], make_s
         load(state, sources=[Source(make_shards(5))])
     with pytest.raises(ConfigError, match="sources"):
         load(state, sources=[Source(sources[0].shards, 2.0), Source(sources[1].shards, 2.0)])
+    with pytest.raises(ConfigError, match="shares weights, now upsampling"):
+        load(state, sources=[Source(source.shards, upsampling=1) for source in sources])
 
 
 def test_an_uneven_share_is_refused(sources: list[Source]) -> None:
@@ -305,3 +310,52 @@ def test_importing_the_package_stays_light() -> None:
 
     code = "import sys, mmfoundry.data; assert not {'torch', 'PIL', 'numpy'} & set(sys.modules), 'heavy'"
     subprocess.run([sys.executable, "-c", code], check=True, timeout=60)
+
+
+def test_what_was_skipped_before_a_resume_still_counts(make_shards: Make, tmp_path: Path) -> None:
+    folder = _with_bad(tmp_path / "bad", 100, BAD, make_shards)
+
+    def loader() -> Loader:
+        return Loader([Source(Pool(folder, name="web"))], batch_size=20, encode=_encode, seed=4, max_unreadable=0.5)
+
+    whole = loader()
+    _read(whole, 10)
+    before = loader()
+    _read(before, 4)
+    after = loader()
+    after.load_state_dict(json.loads(json.dumps(before.state_dict())))
+    assert after.counters() == before.counters()
+    _read(after, 6)
+    assert after.counters() == whole.counters()
+    assert whole.counters()["skipped"] == whole.tally.skipped > before.tally.skipped
+
+
+def test_upsampling_is_given_to_all_sources_or_none(sources: list[Source]) -> None:
+    pools = [source.shards for source in sources]
+    loader = Loader(
+        [Source(pools[0], upsampling=2), Source(pools[1], upsampling=1)], batch_size=127, encode=_encode, epochs=1
+    )
+    (batch,) = loader
+    counts = [batch["key"].count(key) for key in sorted(set(batch["key"]))]
+    assert counts == [2] * 37 + [1] * 53
+    with pytest.raises(ConfigError, match="either all sources have upsampling or none"):
+        Loader([Source(pools[0], upsampling=2), Source(pools[1])], batch_size=1, encode=_encode)
+
+
+def test_the_window_of_a_large_source_is_part_of_its_order(make_shards: Make) -> None:
+    pool = Pool(make_shards(520, per_shard=520))
+
+    def loader(window: int) -> Loader:
+        return Loader([Source(pool)], batch_size=520, encode=_encode, window=window, epochs=1)
+
+    whole, windows = loader(1000), loader(256)
+    orders = [[key for batch in each for key in batch["key"]] for each in (whole, windows)]
+    assert orders[0] != orders[1]
+    assert sorted(orders[0]) == sorted(orders[1])
+    with pytest.raises(ConfigError, match="another order of samples"):
+        windows.load_state_dict(whole.state_dict())
+
+
+@pytest.mark.parametrize("options", [{"num_workers": 0}, {"num_workers": 2}, {"num_workers": 2, "workers": "process"}])
+def test_order_pixels_and_tokens_are_what_they_were(options: dict) -> None:
+    assert digest(**options) == GOLDEN
