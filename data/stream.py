@@ -296,7 +296,7 @@ def _run(shard: str, into: _Bounded) -> None:
 def _unpack(source: Any, into: _Bounded) -> None:
     """What can be unpacked; where the rest is damaged, the tar ends there, and its index says "cut off"."""
     try:
-        while chunk := source.read(_CHUNK):
+        while chunk := source.read1(_CHUNK):  # what `read` has gathered when it meets the damage is lost
             into.write(chunk)
     except (EOFError, zlib.error, lzma.LZMAError, OSError) as error:
         if isinstance(error, OSError) and error.errno is not None:  # of the disk, not of the data
