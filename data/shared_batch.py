@@ -96,7 +96,7 @@ class Slot:
     def view(self, size: int) -> np.ndarray:
         """All bytes, as an array of its own that lives as long as any view of it; maps anew where the file grew."""
         self._fit(size)
-        return np.frombuffer(self._bytes.base, np.uint8)  # type: ignore[call-overload]
+        return np.frombuffer(self._bytes.base, np.uint8)  # type: ignore[arg-type]
 
     def _need(self, size: int) -> None:
         if size > self.size:
