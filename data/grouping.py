@@ -60,7 +60,9 @@ class Grouped:
             self.unlisted += 1
 
 
-def group(found: Iterable[TarMember | Damage], before: Mapping[str, frozenset[str]] | None = None) -> Grouped:
+def group(
+    found: Iterable[TarMember | Damage], before: Mapping[str, frozenset[str]] | None = None, same: bool = False
+) -> Grouped:
     """Group neighbours with the same path up to the first dot of its last part.
 
     Added to the damage that is found: "unsafe path", "no extension", "duplicate member", "duplicate key", and
@@ -71,8 +73,14 @@ def group(found: Iterable[TarMember | Damage], before: Mapping[str, frozenset[st
     Args:
         found: members and damage in order of place.
         before: extensions by key, as far as they were known when the shard was whole.
+        same: the shard has the bytes that it had then, but for damage; then a sample that has fewer members now is
+            incomplete wherever it is, as zeros over whole members can look like the joint of two tars.
     """
     grouped, borders, named = _collect(found)
+    if same and before is not None:
+        for number, key in enumerate(grouped.keys):
+            if key in before and grouped.kinds_of(number) < before[key]:
+                borders.add(number)
     if borders:
         _drop_incomplete(grouped, borders, named, before or {})
     if grouped.unlisted:

@@ -233,7 +233,8 @@ def _index_of(shard: Shard, file: ShardFile, before: ShardIndex | None) -> Shard
 
 def _from_headers(shard: Shard, file: ShardFile, before: ShardIndex | None) -> ShardIndex:
     kinds = {} if before is None else _KindsByKey(before)
-    grouped = group(walk_tar(file.read, file.size), kinds)
+    same = before is not None and before.shard_bytes == file.size
+    grouped = group(walk_tar(file.read, file.size), kinds, same)
     if isinstance(shard, Path):
         expected = img2dataset_keys(shard, len(grouped.keys))
         present = {*grouped.keys, *(damage.name for damage in grouped.damage)} if expected else set()

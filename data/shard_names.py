@@ -129,11 +129,11 @@ def _refuse_compressed(shard: Shard) -> None:
 def _braces(text: str) -> list[str]:
     from itertools import islice
 
-    from braceexpand import UnbalancedBracesError, braceexpand  # webdataset's own
+    from braceexpand import braceexpand  # webdataset's own
 
     try:
         names = list(islice(braceexpand(text), _MAX_BRACE_ITEMS + 1))
-    except UnbalancedBracesError as error:
+    except ValueError as error:
         raise ConfigError(f"{text}: its braces are not closed") from error
     if len(names) > _MAX_BRACE_ITEMS:
         raise ConfigError(f"{text}: stands for more than {_MAX_BRACE_ITEMS} shards; give a folder or a pattern")

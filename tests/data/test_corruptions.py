@@ -330,6 +330,8 @@ def test_a_corruption_costs_what_it_hit_and_nothing_else(
     skipped = log.read_text(encoding="utf-8") if log.exists() else ""
     damage = [found for _, found in pool.damage]
     named = skipped + "".join(f"\n{found.name}" for found in damage)
+    if indexed or len({*whole.spans} & {*drawn}) > 1:  # of one sample alone nobody can say what it lacks
+        assert all(text for _, text in drawn.values()), "a sample without its caption is no whole one"
     lost = {*whole.content} - {*drawn}
     left = [start for key, (start, _) in whole.spans.items() if key in drawn]
     for key in lost:

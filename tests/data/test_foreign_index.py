@@ -9,7 +9,9 @@ import polars as pl
 import pytest
 
 from mmfoundry.data.foreign_index import dali_samples
-from mmfoundry.data.index import ShardIndex, drop_index, open_index
+from mmfoundry.data.index import ShardIndex, drop_index, index_path, open_index
+from mmfoundry.data.shard_names import as_shard
+from mmfoundry.data.storage import ShardFile, Storage
 from mmfoundry.data.tar import BLOCK
 
 Make = Callable[..., list[Path]]
@@ -113,3 +115,56 @@ def test_tables_of_something_else_say_nothing(shard: Path, table: str) -> None:
     drop_index(shard)
     index = open_index(shard)
     assert (len(index), index.damage) == (9, ())
+
+
+class _Server(Storage):
+    """A folder as a server would give it; counts the bytes that are asked for."""
+
+    def __init__(self, folder: Path):
+        super().__init__()
+        self.folder, self.asked = folder, 0
+
+    def open(self, shard: str | os.PathLike[str]) -> ShardFile:
+        file = super().open(self.folder / as_shard(shard).name)
+        file.identity = "etag"
+        read = file.read
+
+        def counted(offset: int, count: int) -> bytes:
+            self.asked += count
+            return read(offset, count)
+
+        file.read = counted  # type: ignore[method-assign]
+        return file
+
+
+def test_an_index_uploaded_with_its_shard_is_used(make_shards: Make, tmp_path: Path) -> None:
+    (shard,) = make_shards(200, per_shard=200)
+    url, server, indexes = f"s3://bucket/{shard.name}", _Server(shard.parent), tmp_path / "indexes"
+    ours = open_index(shard)
+    index = open_index(url, index_dir=indexes, storage=server)
+    assert ([*index.keys()], index.identity, index.digest) == ([*ours.keys()], "etag", ours.digest)
+    headers = 600 * BLOCK
+    assert server.asked - index_path(shard).stat().st_size < headers / 10
+    server.asked = 0
+    open_index(url, index_dir=indexes, storage=server)
+    assert server.asked == 0, "it was kept"
+
+
+@pytest.mark.parametrize("wrong", ["no index", "another shard's", "broken", "of other members"])
+def test_an_uploaded_index_that_does_not_fit_is_not_used(make_shards: Make, tmp_path: Path, wrong: str) -> None:
+    (shard,) = make_shards(20, per_shard=20)
+    expected = [*open_index(shard).keys()]
+    if wrong == "no index":
+        drop_index(shard)
+    elif wrong == "another shard's":
+        (other,) = make_shards(19, per_shard=20)
+        index_path(shard).write_bytes(index_path(other).read_bytes())
+    elif wrong == "broken":
+        index_path(shard).write_bytes(b"MMFIDX02")
+    else:  # as long as the shard, with other places
+        (other,) = make_shards(20, per_shard=20, first=20)
+        data = other.read_bytes()
+        assert len(data) == shard.stat().st_size
+        index_path(shard).write_bytes(index_path(other).read_bytes())
+    index = open_index(f"s3://bucket/{shard.name}", index_dir=tmp_path / "indexes", storage=_Server(shard.parent))
+    assert [*index.keys()] == expected

@@ -64,6 +64,50 @@ def test_index_is_kept_beside_the_shard_and_tells_damage(quick: Command, shard: 
     assert not damaged[-1].endswith(" 0 damaged places")
 
 
+def test_index_is_strict_when_told_to(quick: Command, shard: Path) -> None:
+    assert quick("index", "shards", "--strict").returncode == 0
+    content = shard.read_bytes()
+    shard.write_bytes(content[: len(content) // 2])
+    assert quick("index", "shards").returncode == 0
+    strict = quick("index", "shards", "--strict")
+    assert (strict.returncode, strict.stderr) == (3, "")
+    assert "cut off" in strict.stdout
+
+
+def test_indexes_go_to_the_folder_that_is_named(quick: Command, shard: Path) -> None:
+    done = quick("index", "shards", "--index-dir", "indexes", "--digest")
+    assert done.returncode == 0
+    assert "could not be written" not in done.stdout
+    assert list(shard.parent.iterdir()) == [shard]
+    assert len(list((shard.parent.parent / "indexes").iterdir())) == 1
+    assert "0 of 1 shards have a digest" in quick("data", "verify", "shards", "--no-decode").stdout
+    content = bytearray(shard.read_bytes())
+    content[600] ^= 1  # in a payload, where only the digest sees it
+    shard.write_bytes(content)
+    changed = quick("data", "verify", "shards", "--no-decode", "--index-dir", "indexes")
+    assert changed.returncode == 1
+    assert "1 of 1 shards have a digest; 1 problems\n  1 x content changed" in changed.stdout
+
+
+def test_an_index_that_cannot_be_written_is_told(quick: Command, shard: Path) -> None:
+    (shard.parent.parent / "taken").write_text("a file")
+    done = quick("index", "shards", "--index-dir", "taken")
+    assert done.returncode == 0
+    assert "(the index could not be written)" in done.stdout
+
+
+def test_convert_says_what_it_wrote_and_left_out(quick: Command, shard: Path) -> None:
+    photos = shard.parent.parent / "photos"
+    photos.mkdir()
+    (photos / "broken.png").write_bytes(b"no picture")
+    count = len(quick("data", "keys", "shards").stdout.splitlines())
+    done = quick("data", "convert", "shards", "--output", "out", "--max-count", "100")
+    assert done.stdout == f"{count} samples in {-(-count // 100)} shards; 0 left out\n"
+    refused = quick("data", "convert", "photos", "--output", "out2", "--max-unreadable", "0")
+    assert (refused.returncode, refused.stdout) == (2, "")
+    assert "1 x unknown image format; they are listed in out2/left_out.jsonl" in refused.stderr
+
+
 def test_the_demo_recipe_and_the_examples_of_help_are_valid(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(ROOT)
     examples = [f"{stage}.{key}" for stage, keys in EXAMPLES.items() for key in keys.split()]
