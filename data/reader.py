@@ -53,7 +53,7 @@ class Pool:
             MissingInput: no shards, or no readable sample in them.
             StorageError: a server failed at every attempt, refuses, or serves no ranges.
         """
-        self._options = {"save_index": save_index, "max_member_bytes": max_member_bytes}
+        self._options: dict[str, Any] = {"save_index": save_index, "max_member_bytes": max_member_bytes}
         self._options |= {"index_dir": index_dir, "remote": remote}
         self.shards = expand_shards(shards)
         self.name = name or (os.fspath(shards) if isinstance(shards, str | os.PathLike) else os.fspath(self.shards[0]))

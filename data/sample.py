@@ -2,12 +2,12 @@
 
 import json
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from mmfoundry.data.decode import DecodeLimits, LazyImage, UnreadableSample
+from mmfoundry.data.shard_names import Shard
 
 MAX_TEXT_BYTES = 4 << 20  # of `txt` and of `json`, which grow more than tenfold when they are parsed
 IMAGE_EXTENSIONS = ("png", "jpg", "jpeg", "webp", "gif", "bmp", "tif", "tiff", "ppm", "pgm")
@@ -25,7 +25,7 @@ class RawSample:
 
     key: str
     members: dict[str, bytes]
-    shard: Path
+    shard: Shard
 
 
 @dataclass(slots=True, init=False)

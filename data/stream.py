@@ -17,7 +17,7 @@ import shlex
 import subprocess
 import tempfile
 import zlib
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
@@ -39,7 +39,11 @@ from mmfoundry.pipeline.errors import ConfigError, DamagedInput, MissingInput, S
 PIPE = "pipe:"
 _CHUNK = 4 << 20  # bytes
 _SHELL = {"|", "||", "&", "&&", ";", "<", ">", ">>", "2>"}
-_UNPACKERS = {b"\x1f\x8b": gzip.open, b"BZh": bz2.open, b"\xfd7zXZ": lzma.open}  # by a file's first bytes
+_UNPACKERS: dict[bytes, Callable[..., Any]] = {
+    b"\x1f\x8b": gzip.open,
+    b"BZh": bz2.open,
+    b"\xfd7zXZ": lzma.open,
+}  # by a file's first bytes
 _ZSTD = b"\x28\xb5\x2f\xfd"
 
 

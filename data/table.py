@@ -24,6 +24,7 @@ from mmfoundry.data.decode import DecodeLimits, UnreadableSample
 from mmfoundry.data.index import ShardIndex, open_index
 from mmfoundry.data.reader import Pool
 from mmfoundry.data.sample import RawSample
+from mmfoundry.data.shard_names import Shard
 from mmfoundry.pipeline.artifact import write_atomic
 from mmfoundry.pipeline.errors import MmfoundryError
 
@@ -105,7 +106,7 @@ def describe_shards(
             workers.shutdown(cancel_futures=True)
 
 
-def describe_shard(request: Request, number: int, shard: Path) -> None:
+def describe_shard(request: Request, number: int, shard: Shard) -> None:
     """Write the table of one shard, and its truth if it has any."""
     rows: list[dict[str, Any]] = []
     truth: list[dict[str, Any]] = []
