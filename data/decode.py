@@ -142,11 +142,12 @@ class LazyImage:
             self._pixels = pixels
         return pixels
 
-    def reduced(self, shrink: int) -> np.ndarray:
+    def reduced(self, shrink: int, buffer: np.ndarray | None = None) -> np.ndarray:
         """Decode at a fraction of the size, by libjpeg-turbo's smaller inverse transforms; not kept.
 
         Args:
             shrink: 1, 2, 4 or 8; only for what is `scalable`.
+            buffer: uint8 (at least as many bytes as the result has,) to decode into; the result may lie in it.
         Returns:
             uint8 (ceil(height / shrink), ceil(width / shrink), 3), RGB, C-contiguous; the pixel at (y, x) stands for
             the square of `shrink` pixels that starts at (y * shrink, x * shrink); where EXIF mirrors a side that is no
@@ -156,7 +157,8 @@ class LazyImage:
         """
         assert self.scalable
         height, width = self._stored
-        pixels = _decode_jpeg(self._data, (-(-height // shrink), -(-width // shrink)) if shrink > 1 else (0, 0))
+        least = (-(-height // shrink), -(-width // shrink)) if shrink > 1 else (0, 0)
+        pixels = _decode_jpeg(self._data, least, buffer)
         if self._orientation == 1:
             return pixels
         return np.ascontiguousarray(_turn(pixels, self._orientation))
@@ -271,11 +273,11 @@ def _orientation(image: Image.Image) -> int:
         return 1
 
 
-def _decode_jpeg(data: bytes, least: tuple[int, int] = (0, 0)) -> np.ndarray:
+def _decode_jpeg(data: bytes, least: tuple[int, int] = (0, 0), buffer: np.ndarray | None = None) -> np.ndarray:
     """Decode at the smallest scale that gives at least this height and width; (0, 0) is the whole size."""
     try:
         # strict: libjpeg's warnings ("premature end of data") are errors, or half an image would pass as whole
-        return simplejpeg.decode_jpeg(data, "RGB", min_height=least[0], min_width=least[1], strict=True)
+        return simplejpeg.decode_jpeg(data, "RGB", min_height=least[0], min_width=least[1], buffer=buffer, strict=True)
     except ValueError as error:
         raise UnreadableImage("damaged image", str(error)) from error
 

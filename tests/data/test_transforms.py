@@ -1,6 +1,8 @@
 """Transforms: open_clip's pixels, torchvision's geometry."""
 
 import io
+import pickle
+from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 import pytest
@@ -140,8 +142,8 @@ def test_the_quick_resize_is_pillows_but_for_rounding(height: int, width: int, s
     assert found.shape == (3, size, size)
     assert found.flags.c_contiguous
     off = abs(found.astype(int) - resize(image, size, size).transpose(2, 0, 1))
-    assert off.max() <= 2  # seen where a few pixels are enlarged tenfold; 1 elsewhere
-    assert off.mean() < 0.1
+    assert off.max() <= 3  # seen in noise of a few pixels: torch's weights have 16 bits, Pillow's 32
+    assert (off > 1).mean() < 0.001 or (off > 1).sum() <= 2
 
 
 @settings(max_examples=300, deadline=None)
@@ -179,6 +181,7 @@ def test_a_jpeg_that_needs_no_scaling_gives_open_clips_training_pixels(shape: tu
     found, expected, shrink = _train_pair(shape, 224, seed=1)
     assert shrink == 1
     assert abs(found - expected).max() <= 1
+    assert (found != expected).mean() < 0.01
 
 
 @pytest.mark.parametrize(
@@ -224,3 +227,37 @@ def test_eval_gives_open_clips_pixels_of_a_jpeg(mode: str, options: dict) -> Non
     found = EvalTransform(224)(LazyImage(jpeg))
     # open_clip converts to RGB after resizing, we before; of grey and RGB that is the same
     assert abs(found.astype(int) - expected).max() <= (2 if mode == "CMYK" else 0)
+
+
+def test_pictures_made_in_turn_and_in_threads_keep_to_themselves() -> None:
+    """Pixels are decoded into memory that is used again."""
+    sizes = [(200 + 40 * number, 500 - 40 * number) for number in range(6)]
+    jpegs = [encode(photograph(*size, name), "JPEG") for size in sizes for name in ("china.jpg", "flower.jpg")]
+    jpegs.append(encode(photograph(64, 64), "JPEG"))  # needs no resizing
+
+    def alone(number: int) -> np.ndarray:
+        whole = TrainTransform(64, scale=(1, 1), ratio=(1, 1)) if number == len(jpegs) - 1 else TrainTransform(64)
+        return whole(LazyImage(jpegs[number]), np.random.default_rng(number))
+
+    expected = [alone(number) for number in range(len(jpegs))]
+    copy = pickle.loads(pickle.dumps(TrainTransform(64)))
+    shared = {True: TrainTransform(64, scale=(1, 1), ratio=(1, 1)), False: copy}
+
+    def together(number: int) -> np.ndarray:
+        return shared[number == len(jpegs) - 1](LazyImage(jpegs[number]), np.random.default_rng(number))
+
+    with ThreadPoolExecutor(4) as threads:
+        for _ in range(5):
+            for one, other in zip(list(threads.map(together, range(len(jpegs)))), expected, strict=True):
+                np.testing.assert_array_equal(one, other)
+
+
+def test_a_picture_larger_than_the_kept_memory_is_decoded_all_the_same() -> None:
+    jpeg = encode(photograph(2400, 2400), "JPEG")
+    found = TrainTransform(1300)(LazyImage(jpeg), np.random.default_rng(0))
+    crop = TrainTransform(1300).crop(2400, 2400, np.random.default_rng(0))
+    top, left, height, width = crop
+    whole = np.asarray(Image.open(io.BytesIO(jpeg)))[top : top + height, left : left + width]
+    off = abs(found.astype(int) - resize(whole, 1300, 1300).transpose(2, 0, 1))
+    assert off.max() <= 2
+    assert off.mean() < 0.01
