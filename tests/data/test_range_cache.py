@@ -3,6 +3,7 @@
 import multiprocessing
 import os
 import signal
+import time
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -125,6 +126,7 @@ def test_one_at_a_time_fetches_a_block(tmp_path: Path) -> None:
         with cache.fetching("shard", 7):
             if cache.read("shard", 7, 0, 1) is None:
                 fetched.append(1)
+                time.sleep(0.05)  # as a server would
                 cache.write("shard", 7, _block(7))
 
     with ThreadPoolExecutor(8) as threads:

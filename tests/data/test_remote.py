@@ -206,7 +206,7 @@ class TestHttp:
         assert len(asked) == len(set(asked)) == 4
 
     def test_a_forked_process_reads_on(self, web: WebServer, tmp_path: Path, options: Options) -> None:
-        pool = _pool(web.url("shard-00000.tar"), tmp_path, options(cache_bytes=0))
+        pool = _pool(web.url("shard-00000.tar"), tmp_path, options(cache_bytes=0, read_ahead=0))
         pool.get(0)  # connections and their thread are there before the fork
         with multiprocessing.get_context("fork").Pool(1, _inherited.append, (pool,)) as workers:
             assert workers.apply(_read_inherited, (7,)) == _local(web)[7]
