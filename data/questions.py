@@ -7,7 +7,7 @@
 | where | Where is the dog? | the four cells |
 | relation | On which side of the apple is the dog? | left, right, above, below |
 | presence | Is there a dog? | yes, no: half each, where an even number of them, or one, is asked a scene |
-| category | What kind of thing is in the top right? | kinds |
+| category | Which kind of thing is in the top right? | kinds |
 | bigger | Which is bigger, the dog or the apple? | names; the bigger one is named first half the time |
 
 Only questions with one right answer are asked: of a concept that comes twice nobody asks where it is.
@@ -108,7 +108,7 @@ def _category(scene: Scene, rng: np.random.Generator) -> list[Question]:
     questions = []
     for item in scene.objects:
         fact = frozenset([("kind", item.place)])
-        text = f"What kind of thing is in the {item.place}?"
+        text = f"Which kind of thing is in the {item.place}?"
         questions.append(Question("category", text, item.concept.kind, fact, fact))
     return _shuffled(questions, rng)
 

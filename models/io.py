@@ -59,14 +59,23 @@ def load_clip(folder: str | Path) -> CLIP:
     """
     folder = Path(folder)
     _, config = _read_config(folder)
+    return clip_from_state(config, read_weights(folder), str(folder / WEIGHTS_FILE))
+
+
+def read_weights(folder: Path) -> dict[str, Tensor]:
+    """The weights of a model that we saved, on the CPU.
+
+    Raises:
+        MissingInput: there are none.
+        DamagedInput: they cannot be read.
+    """
     weights = folder / WEIGHTS_FILE
     if not weights.is_file():
         raise MissingInput(f"{weights}: no such file; run the stage that trains this model")
     try:
-        state = load_file(weights)
+        return load_file(weights)
     except SafetensorError as error:
         raise DamagedInput(f"{weights}: not a whole safetensors file ({error}); make it anew") from error
-    return clip_from_state(config, state, str(weights))
 
 
 def clip_from_state(config: ClipConfig, state: dict[str, Tensor], source: str) -> CLIP:

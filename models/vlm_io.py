@@ -9,13 +9,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors.torch import save_file
 from transformers import AutoTokenizer, PreTrainedConfig, PreTrainedModel
 from transformers.initialization import no_init_weights
 
 from mmfoundry.models.clip import CLIP
-from mmfoundry.models.io import CONFIG_FILE, WEIGHTS_FILE
+from mmfoundry.models.io import CONFIG_FILE, WEIGHTS_FILE, read_weights
 from mmfoundry.models.language import LanguageModel, load_language_model
 from mmfoundry.models.vlm import VisionLanguageModel, VlmConfig, VlmSettings
 from mmfoundry.models.vlm_text import VlmText, prepare_tokenizer
@@ -133,13 +132,7 @@ def load_vlm(folder: str | Path) -> tuple[VisionLanguageModel, VlmText]:
     """
     folder = Path(folder)
     _, config = _read_config(folder)
-    weights = folder / WEIGHTS_FILE
-    if not weights.is_file():
-        raise MissingInput(f"{weights}: no such file; run the stage that trains this model")
-    try:
-        state = load_file(weights)
-    except SafetensorError as error:
-        raise DamagedInput(f"{weights}: not a whole safetensors file ({error}); make it anew") from error
+    weights, state = folder / WEIGHTS_FILE, read_weights(folder)
     with no_init_weights():  # drawing 135M random numbers takes 4 s
         model = VisionLanguageModel(config)
     model.to(state[next(iter(state))].dtype)
@@ -170,7 +163,7 @@ def untrained_vlm(folder: str | Path) -> tuple[VisionLanguageModel, VlmText]:
     language = load_language_model(resolve(start.language_model))
     prepare_language_model(language, config)
     model = connected(config, language.model, start.seed)
-    trained = load_file(folder / WEIGHTS_FILE)
+    trained = read_weights(folder)
     prefix = "model.vision_tower."
     tower = {name.removeprefix(prefix): value for name, value in trained.items() if name.startswith(prefix)}
     model.model.vision_tower.load_state_dict(tower)

@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
+from typing import Annotated
 
 import numpy as np
 from pydantic import Field, model_validator
@@ -46,7 +47,10 @@ class AdaptVlmConfig(Config):
     data: list[DataSource] = Field(min_length=1, description="pictures with `questions` in their JSON to learn from")
     test: ArtifactRef = Field(description="other pictures with `questions`")
     new_types: list[str] = Field(min_length=1, description="question types that the model was not tuned on")
-    old_types: list[str] = Field(default_factory=list, description="question types that it must not lose")
+    old_types: dict[str, Annotated[float, Field(gt=0)]] = Field(
+        default_factory=dict,
+        description="question types that it must not lose -> share among the old questions, any unit",
+    )
     old_share: float = Field(0.5, ge=0, lt=1, description="share of the questions learnt from that are of old types")
     max_questions: int = Field(8, ge=1, description="questions a picture, drawn anew each time it is seen")
     per_type: int = Field(200, ge=1, description="questions of each type that the model is tested with, at most")
@@ -68,7 +72,8 @@ class AdaptVlmConfig(Config):
     def shares(self) -> dict[str, float]:
         """Share of each question type in what is learnt from."""
         new = {name: (1 - self.old_share) / len(self.new_types) for name in self.new_types}
-        return new | {name: self.old_share / len(self.old_types) for name in self.old_types if self.old_share > 0}
+        total = sum(self.old_types.values())
+        return new | {name: self.old_share * w / total for name, w in self.old_types.items() if self.old_share > 0}
 
 
 @dataclass(frozen=True)
@@ -140,7 +145,7 @@ def _results(
     rows = [question.row for question in test.questions]  # questions about one picture are right or wrong together
     metrics: dict[str, float] = {}
     table = []
-    for prefix, types in (("vlm", config.new_types), ("vlm_old", config.old_types)):
+    for prefix, types in (("vlm", config.new_types), ("vlm_old", list(config.old_types))):
         chosen = test.of(types)
         if not chosen:
             continue

@@ -38,7 +38,7 @@ def tree(parts: Path, **changes: Any) -> dict[str, Any]:
         "data": [{"path": str(parts / "scenes/train")}],
         "test": str(parts / "scenes/train"),  # that it learns is to be seen; a model this small does not generalise
         "new_types": ["category"],
-        "old_types": ["count", "presence"],
+        "old_types": {"count": 1, "presence": 3},
         "per_type": 20,
         "lora": {"rank": 8},
         "merge": True,
@@ -111,8 +111,9 @@ def test_cut_off_run_does_not_ask_again(
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"old_types": ["category"]}, "category is in new_types and in old_types"),
-        ({"old_types": []}, "old_share is above 0"),
+        ({"old_types": {"category": 1}}, "category is in new_types and in old_types"),
+        ({"old_types": {}}, "old_share is above 0"),
+        ({"old_types": {"count": 0}}, "vlm.old_types.count"),
     ],
 )
 def test_types_that_do_not_fit(parts: Path, changes: dict[str, Any], message: str) -> None:
@@ -123,3 +124,9 @@ def test_types_that_do_not_fit(parts: Path, changes: dict[str, Any], message: st
 def test_nothing_to_adapt() -> None:
     with pytest.raises(ConfigError, match="give clip, vlm, or both"):
         parse(AdaptConfig, {})
+
+
+def test_shares_of_what_is_learnt_from(parts: Path) -> None:
+    config = parse(AdaptConfig, tree(parts, old_types={"count": 1, "presence": 3}, old_share=0.4)).vlm
+    assert config is not None
+    assert config.shares() == pytest.approx({"category": 0.6, "count": 0.1, "presence": 0.3})
