@@ -134,6 +134,11 @@ def test_what_is_not_a_jpeg_gives_the_pixels_of_its_array(kind: str) -> None:
     np.testing.assert_array_equal(found, TrainTransform(64)(image.pixels, np.random.default_rng(3)))
 
 
+def _in_two_passes(image: np.ndarray, size: int) -> np.ndarray:
+    """Pillow's resize along rows, then along columns; by itself it may take columns first, and cuts between."""
+    return resize(resize(image, image.shape[0], size), size, size).transpose(2, 0, 1).astype(int)
+
+
 @settings(max_examples=80, deadline=None)
 @given(height=st.integers(1, 300), width=st.integers(1, 300), size=st.integers(1, 80), noise=st.booleans())
 def test_the_quick_resize_is_pillows_but_for_rounding(height: int, width: int, size: int, noise: bool) -> None:
@@ -141,9 +146,7 @@ def test_the_quick_resize_is_pillows_but_for_rounding(height: int, width: int, s
     found = resize_to_planes(image, size)
     assert found.shape == (3, size, size)
     assert found.flags.c_contiguous
-    off = abs(found.astype(int) - resize(image, size, size).transpose(2, 0, 1))
-    assert off.max() <= 3  # seen in noise of a few pixels: torch's weights have 16 bits, Pillow's 32
-    assert (off > 1).mean() < 0.001 or (off > 1).sum() <= 2
+    assert abs(found.astype(int) - _in_two_passes(image, size)).max() <= 2  # 1 of each pass
 
 
 @settings(max_examples=300, deadline=None)
@@ -172,8 +175,7 @@ def _train_pair(shape: tuple[int, int], size: int, seed: int) -> tuple[np.ndarra
     shrink, crop = transform.reduce(transform.crop(*shape, np.random.default_rng(seed)))
     top, left, height, width = (side * shrink for side in crop)
     picture = Image.open(io.BytesIO(jpeg)).convert("RGB").crop((left, top, left + width, top + height))
-    expected = np.asarray(picture.resize((size, size), Image.Resampling.BICUBIC)).transpose(2, 0, 1)
-    return found.astype(int), expected.astype(int), shrink
+    return found.astype(int), _in_two_passes(np.asarray(picture), size), shrink
 
 
 @pytest.mark.parametrize("shape", [(288, 384), (200, 150), (224, 224)])
@@ -258,6 +260,6 @@ def test_a_picture_larger_than_the_kept_memory_is_decoded_all_the_same() -> None
     crop = TrainTransform(1300).crop(2400, 2400, np.random.default_rng(0))
     top, left, height, width = crop
     whole = np.asarray(Image.open(io.BytesIO(jpeg)))[top : top + height, left : left + width]
-    off = abs(found.astype(int) - resize(whole, 1300, 1300).transpose(2, 0, 1))
+    off = abs(found.astype(int) - _in_two_passes(whole, 1300))
     assert off.max() <= 2
     assert off.mean() < 0.01
