@@ -105,7 +105,7 @@ def _remote(url: ShardUrl) -> list[Shard]:
 
     pattern = str(url) if glob.has_magic(url) else f"{url.rstrip('/')}/*.tar"
     try:
-        system, path = fsspec.core.url_to_fs(pattern)
+        system, path = fsspec.core.url_to_fs(pattern, use_listings_cache=False)
         names = sorted(name for name in system.glob(path) if name.endswith(".tar"))
     except (ImportError, ValueError) as error:  # no such scheme, or its package is not installed
         raise MissingInput(f"{shown(url)}: {error}") from error
