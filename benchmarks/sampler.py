@@ -65,11 +65,16 @@ def alone(measure: Callable[..., Any], *arguments: Any) -> Any:
         return process.submit(measure, *arguments).result()
 
 
+def own_memory() -> int:
+    """Bytes that this process has for itself; pages of mapped files, which the system takes back at will, are not."""
+    info = psutil.Process().memory_info()
+    return int(info.rss - getattr(info, "shared", 0))
+
+
 def our_start(size: int, repeats: int) -> tuple[float, float, float]:
     """Milliseconds to the first sample, MB after draws all over the order, microseconds a draw in a row."""
-    process = psutil.Process()
     Order([size], seed=0).at(0)  # loads what is loaded once
-    before = process.memory_full_info().uss
+    before = own_memory()
     times = []
     for seed in range(1, repeats + 1):
         start = time.perf_counter()
@@ -78,7 +83,7 @@ def our_start(size: int, repeats: int) -> tuple[float, float, float]:
         times.append(time.perf_counter() - start)
     for position in range(0, 3 * size, size // 100):
         order.at(position)
-    grown = process.memory_full_info().uss - before
+    grown = own_memory() - before
     draws = []
     for start_at in range(0, repeats * 2000, 2000):
         start = time.perf_counter()
@@ -92,15 +97,14 @@ def peer_start(size: int, repeats: int) -> tuple[float, float]:
     """The same two numbers of PyTorch's sampler."""
     from torch.utils.data import DistributedSampler
 
-    process = psutil.Process()
-    before = process.memory_full_info().uss
+    before = own_memory()
     times = []
     for seed in range(repeats):
         start = time.perf_counter()
         samples = iter(DistributedSampler(range(size), num_replicas=1, rank=0, seed=seed))  # type: ignore[arg-type]
         next(samples)
         times.append(time.perf_counter() - start)
-    return 1e3 * statistics.median(times), (process.memory_full_info().uss - before) / 1e6
+    return 1e3 * statistics.median(times), (own_memory() - before) / 1e6
 
 
 def start_up(quick: bool) -> Rows:
@@ -126,12 +130,11 @@ def write_shard(path: Path, samples: int) -> None:
 
 
 def open_pool(folder: Path) -> tuple[float, float, int]:
-    """Seconds and MB to open a pool of indexed shards, and its samples; pages of the mapped files are not counted."""
-    process = psutil.Process()
-    before = process.memory_full_info().uss
+    """Seconds and MB to open a pool of indexed shards, and its samples."""
+    before = own_memory()
     start = time.perf_counter()
     pool = Pool(folder)
-    return time.perf_counter() - start, (process.memory_full_info().uss - before) / 1e6, len(pool)
+    return time.perf_counter() - start, (own_memory() - before) / 1e6, len(pool)
 
 
 def index_rows(work: Path) -> Rows:
