@@ -19,6 +19,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import signal
 import statistics
 import sys
 import time
@@ -53,7 +54,7 @@ class Effort:
     seconds: float
 
 
-QUICK = Effort(workers=(1,), batch=16, rounds=2, seconds=0.4)
+QUICK = Effort(workers=(1,), batch=16, rounds=2, seconds=0.3)
 FULL = Effort(workers=(1, 2), batch=32, rounds=5, seconds=2.0)
 
 
@@ -159,6 +160,7 @@ def main() -> None:
     work = Path(__file__).parent.parent / ".bench"
     parser.add_argument("--work", type=Path, default=work, help="environments and pictures, kept (default: .bench)")
     arguments = parser.parse_args()
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit("stopped"))  # so that the sides are ended too
     start = time.perf_counter()
     rows = run(arguments.peers, arguments.work.resolve(), QUICK if arguments.quick else FULL, arguments.device)
     print(f"\n{'work':<52}{'ours':>11}{'peer':>11}  {'unit':<10} ratio")

@@ -11,9 +11,12 @@ inherits the memory or the workers of the one before. "prepare" makes what a run
 
 from __future__ import annotations
 
+import atexit
+import ctypes
 import importlib
 import json
 import os
+import signal
 import sys
 import time
 import traceback
@@ -30,20 +33,26 @@ SIDES = {
 }
 
 
+_PR_SET_PDEATHSIG = 1  # of Linux's prctl
+
+
 def main() -> None:
     """Serve one side until the input ends."""
+    _end_with_parent()
     answers = os.fdopen(os.dup(1), "w")
     os.dup2(2, 1)  # what libraries print must not mix with the answers
     orders = os.fdopen(os.dup(0), "r")
-    import torch
-
+    if sys.argv[1] != "decode":
+        importlib.import_module("torch")  # as every trainer has; what a side imports of its own comes on top
     side = importlib.import_module(SIDES[sys.argv[1]])
-    torch.set_num_threads(1)
     _answer(answers, {})
     for line in orders:
         child = os.fork()
         if child == 0:
-            sys.exit(_serve_order(side, json.loads(line), orders, answers))  # peers unlink shared memory at exit
+            status = _serve_order(side, json.loads(line), orders, answers)
+            atexit._run_exitfuncs()  # peers unlink shared memory there; the rest of an interpreter's end takes seconds
+            sys.stderr.flush()
+            os._exit(status)
         status = os.waitpid(child, 0)[1]
         if status:
             sys.exit(f"{sys.argv[1]} ended with status {status}")
@@ -52,6 +61,7 @@ def main() -> None:
 
 def _serve_order(side: Any, order: dict[str, Any], orders: TextIO, answers: TextIO) -> int:
     """Serve one "prepare", or one "open" until it is closed; returns the exit status of this process."""
+    _end_with_parent()
     try:
         if order["do"] == "prepare":
             side.prepare(Path(order["pool"]))
@@ -70,8 +80,6 @@ def _serve_order(side: Any, order: dict[str, Any], orders: TextIO, answers: Text
     except BaseException:  # whatever it is: a fork must not go on as if it were the parent
         traceback.print_exc()
         return 1
-    finally:
-        sys.stderr.flush()
 
 
 def _run(batches: Generator[Any, None, None], seconds: float, skip: int, device: str) -> dict[str, float]:
@@ -93,6 +101,12 @@ def _next(batches: Generator[Any, None, None], device: str) -> int:
 
         torch.cuda.synchronize()
     return rows
+
+
+def _end_with_parent() -> None:
+    """Have the system kill this process with the one that started it: stopped, it would not see its input end."""
+    if sys.platform == "linux":
+        ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
 
 
 def _answer(answers: TextIO, answer: dict[str, float]) -> None:

@@ -31,4 +31,6 @@ def _decode(data: bytes) -> int:
     height, width = simplejpeg.decode_jpeg_header(data)[:2]
     shortest = min(height, width)
     factor = max(factor for factor in (1, 2, 4, 8) if factor == 1 or shortest // factor >= 224 / 0.9**0.5)
-    return len(simplejpeg.decode_jpeg(data, "RGB", min_factor=factor))
+    if factor == 1:
+        return len(simplejpeg.decode_jpeg(data, "RGB"))
+    return len(simplejpeg.decode_jpeg(data, "RGB", min_height=height // factor, min_width=width // factor))
