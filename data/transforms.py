@@ -101,6 +101,8 @@ class TrainTransform:
         """
         top, left, height, width = crop
         for shrink in SHRINKS:
+            if min(height, width) <= shrink * (self.image_size - 1):
+                continue  # rounding gives less than one pixel
             first_row, first_column = round(top / shrink), round(left / shrink)
             rows = round((top + height) / shrink) - first_row
             columns = round((left + width) / shrink) - first_column
@@ -199,9 +201,11 @@ def resize_to_planes(image: np.ndarray, size: int) -> np.ndarray:
     """
     import torch
 
-    planes = torch.from_numpy(image).permute(2, 0, 1)[None]
-    small = torch.nn.functional.interpolate(planes, size=(size, size), mode="bicubic", antialias=True)
-    return np.ascontiguousarray(small[0].numpy())
+    # laid out as torch's own channels_last, down to the stride of the batch of one: otherwise its slower way is taken
+    pixels = torch.from_numpy(np.ascontiguousarray(image)).unsqueeze(0).permute(0, 3, 1, 2)
+    small = torch.nn.functional.interpolate(pixels, size=(size, size), mode="bicubic", antialias=True)
+    planes: np.ndarray = small.contiguous()[0].numpy()
+    return planes
 
 
 def normalise(
