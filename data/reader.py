@@ -18,7 +18,7 @@ from mmfoundry.pipeline.errors import DamagedInput, MissingInput
 
 MAX_MEMBER_BYTES = 64 << 20
 _MAX_SAMPLE_BYTES = 256 << 20  # of all members together, lest many that are large fill the memory
-_MAX_OPEN_SHARDS = 128
+_MAX_OPEN_SHARDS = 512  # a window of the order touches 256
 _JOIN_BYTES = 4 << 20  # members this close together come in one read
 
 

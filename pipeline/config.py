@@ -23,11 +23,16 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from mmfoundry.pipeline.errors import ConfigError, MissingInput
 
 ConfigT = TypeVar("ConfigT", bound="Config")
+_URL = re.compile(r"(?!file:)[A-Za-z][A-Za-z0-9+.-]*://")
 MAX_CONFIG_BYTES = 4 << 20
 
 
 class Input:
     """Marks a string field as an input of the stage."""
+
+
+class Remote:
+    """Marks an input that may lie behind a URL; the stage reads it there, by ranges."""
 
 
 class Neutral:
@@ -39,6 +44,7 @@ class Neutral:
 
 
 ArtifactRef = Annotated[str, Input()]
+ShardsRef = Annotated[str, Input(), Remote()]
 
 
 class Config(BaseModel):
@@ -269,6 +275,17 @@ def _items(annotation: Any, part: str | int) -> list[Any]:
 def inputs_of(config: Config) -> dict[str, str]:
     """The inputs that a config names: dotted field (`data.0.path`) -> reference as written; None is left out."""
     return {path: value for path, value, marks in _leaves(config, "") if Input in marks and value is not None}
+
+
+def remote_inputs_of(config: Config) -> set[str]:
+    """The dotted fields of the inputs that lie behind URLs and may."""
+    leaves = _leaves(config, "")
+    return {path for path, value, marks in leaves if marks >= {Input, Remote} and value is not None and is_url(value)}
+
+
+def is_url(ref: str) -> bool:
+    """Whether it names something by scheme, as `s3://bucket/pool.tar` does; `file://` is a path all the same."""
+    return _URL.match(ref) is not None
 
 
 def digest_config(config: Config) -> str:

@@ -10,6 +10,7 @@ from pathlib import Path
 
 from braceexpand import braceexpand
 
+from mmfoundry.pipeline.config import is_url
 from mmfoundry.pipeline.errors import MissingInput
 
 _HUB_ID = re.compile(r"(datasets/)?[\w.-]+/[\w.-]+(@[\w./-]+)?")
@@ -18,7 +19,9 @@ PACKAGE = "package:"
 
 
 def is_local(ref: str) -> bool:
-    """Whether `ref` can only be a path: it is there, looks like one, or its first folder is there."""
+    """Whether `ref` is no hub id and no package: a URL, or a path by its looks or what is there."""
+    if is_url(ref):
+        return True  # nothing to fetch from the hub
     path = Path(os.path.expanduser(ref))
     if path.exists() or ref.startswith((".", "/", "~")) or _PATTERN.search(ref):
         return True
@@ -35,7 +38,9 @@ def resolve(ref: str) -> Path:
     Raises:
         MissingInput: there is nothing of that name; the text says where it was looked for.
     """
-    path = Path(os.path.expanduser(ref))
+    if is_url(ref):
+        raise MissingInput(f"{ref}: only shards are read from a URL; copy this to a local path first")
+    path = Path(os.path.expanduser(ref.removeprefix("file://")))
     if path.exists():
         return path
     if ref.startswith(PACKAGE):

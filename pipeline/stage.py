@@ -27,7 +27,7 @@ import numpy as np
 
 from mmfoundry.pipeline import artifact as artifacts
 from mmfoundry.pipeline.artifact import MANIFEST, Artifact, InputRecord, Manifest, digest_of, write_atomic
-from mmfoundry.pipeline.config import StageConfig, digest_config, inputs_of
+from mmfoundry.pipeline.config import StageConfig, digest_config, inputs_of, remote_inputs_of
 from mmfoundry.pipeline.errors import ConfigError, MissingInput, MmfoundryError, NotEnoughSpace
 from mmfoundry.pipeline.progress import Progress, progress_bar
 from mmfoundry.pipeline.resolve import resolve
@@ -73,7 +73,7 @@ class RunContext:
         work: the folder to write into now; what an earlier, cut-off run of the same config left is in it.
         runtime: this process among those that run the stage.
         config: the stage's config, as in the manifest.
-        inputs: dotted config field -> local path of what it names.
+        inputs: dotted config field -> local path of what it names; those behind URLs are left out, see `shards`.
     """
 
     stage: Stage
@@ -92,6 +92,10 @@ class RunContext:
             MissingInput: there is nothing of that name.
         """
         return resolve(ref)
+
+    def shards(self, field: str) -> Path | str:
+        """Where the shards are that a config field of type `ShardsRef` names: a local path, or a URL to read from."""
+        return self.inputs[field] if field in self.inputs else inputs_of(self.config)[field]
 
     @cached_property
     def log(self) -> StageLog:
@@ -218,13 +222,16 @@ def work_folder(output: Path) -> Path:
 
 
 def resolve_inputs(stage: Stage, config: StageConfig) -> dict[str, Path]:
-    """The local path of every input of a config, by dotted field.
+    """The local path of every input of a config that is not behind a URL, by dotted field.
 
     Raises:
         MissingInput: one is not there; stage and field are named.
     """
     found = {}
+    remote = remote_inputs_of(config)
     for name, ref in inputs_of(config).items():
+        if name in remote:
+            continue
         try:
             found[name] = resolve(ref)
         except MissingInput as error:
@@ -233,8 +240,14 @@ def resolve_inputs(stage: Stage, config: StageConfig) -> dict[str, Path]:
 
 
 def record_inputs(config: StageConfig, inputs: dict[str, Path]) -> dict[str, InputRecord]:
-    """What the manifest says of each input: the reference as written and the digest of its content."""
-    return {name: InputRecord(ref=ref, digest=digest_of(inputs[name])) for name, ref in inputs_of(config).items()}
+    """What the manifest says of each input: the reference as written and the digest of its content.
+
+    What is behind a URL counts by the URL alone: what changes there must change its name to be noticed.
+    """
+    return {
+        name: InputRecord(ref=ref, digest=digest_of(inputs[name]) if name in inputs else f"url:{ref}")
+        for name, ref in inputs_of(config).items()
+    }
 
 
 def standing(stage: Stage, config: StageConfig, output: Path, records: dict[str, InputRecord]) -> Standing:

@@ -26,7 +26,7 @@ from mmfoundry.models.clip import CLIP
 from mmfoundry.models.interop.load import load_any_clip
 from mmfoundry.models.io import untrained_clip
 from mmfoundry.pipeline.artifact import Artifact, write_atomic
-from mmfoundry.pipeline.config import ArtifactRef, StageConfig
+from mmfoundry.pipeline.config import ArtifactRef, ShardsRef, StageConfig
 from mmfoundry.pipeline.distributed import barrier
 from mmfoundry.pipeline.errors import ConfigError, DamagedInput, MissingInput
 from mmfoundry.pipeline.registry import unknown
@@ -45,9 +45,7 @@ class EvalConfig(StageConfig):
 
     clip: ArtifactRef | None = Field(None, description="CLIP to measure: a pretrain artifact")
     vlm: ArtifactRef | None = Field(None, description="vision-language model to measure: an instruct artifact")
-    data: dict[str, ArtifactRef] = Field(
-        description="data sets by the names that the tasks use: artifacts, tars, globs"
-    )
+    data: dict[str, ShardsRef] = Field(description="data sets by the names that the tasks use: artifacts, tars, globs")
     suite: str | None = Field(None, description="a suite of evals/suites (emoji) or a YAML file of that form")
     tasks: dict[str, SerializeAsAny[EvalTask]] = Field(
         default_factory=dict, description="evaluations by name, added to the suite's or in place of them"
@@ -156,7 +154,7 @@ def make_bench(config: EvalConfig, context: RunContext) -> Bench:
 
     @cache
     def pool(name: str) -> Pool:
-        return Pool(context.inputs[f"data.{name}"], name=name)
+        return Pool(context.shards(f"data.{name}"), name=name)
 
     def opened(selection: Selection) -> Samples:
         return select(pool(selection.data), selection.where, selection.limit)

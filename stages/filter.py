@@ -33,7 +33,7 @@ from mmfoundry.data.table import (
     write_parquet,
 )
 from mmfoundry.pipeline.artifact import Artifact, write_atomic
-from mmfoundry.pipeline.config import ArtifactRef, Config, Neutral, StageConfig
+from mmfoundry.pipeline.config import ArtifactRef, Config, Neutral, ShardsRef, StageConfig
 from mmfoundry.pipeline.distributed import barrier
 from mmfoundry.pipeline.errors import ConfigError, MmfoundryError, TooManyUnreadable
 from mmfoundry.pipeline.stage import RunContext, Stage
@@ -54,7 +54,7 @@ class ClipScoreConfig(Config):
 class FilterConfig(StageConfig):
     """Which pairs of a pool go on."""
 
-    pool: ArtifactRef = Field(description="raw tars: an artifact, a folder, a tar, a glob or a hub id")
+    pool: ShardsRef = Field(description="raw tars: an artifact, a folder, a tar, a glob, a hub id or a URL")
     filters: dict[str, Any] = Field(description="filter tree, e.g. {all: [{basic: {min_side: 64}}, exact_duplicate]}")
     clip_score: ClipScoreConfig | None = Field(None, description="makes the column clip_score; null: there is none")
     max_unreadable: float = Field(0.01, ge=0, le=1, description="fraction of samples; past it the stage stops")
@@ -105,7 +105,7 @@ def run(config: FilterConfig, context: RunContext) -> Artifact:
         TooManyUnreadable: past `max_unreadable`; the message counts samples by reason.
         MmfoundryError: nothing is kept.
     """
-    pool = Pool(context.inputs["pool"], name=config.pool)
+    pool = Pool(context.shards("pool"), name=config.pool)
     tree = config.tree()
     request = Request(tree.columns(), config.limits(), context.work)
     unreadable = describe(config, context, pool, request)

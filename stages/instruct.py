@@ -14,6 +14,7 @@ The artifact: `config.json`, `model.safetensors` and the tokenizer (read by `mmf
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -197,12 +198,12 @@ def tune(
 def tiles_of(model: VisionLanguageModel) -> Callable[[NDArray[np.uint8]], Tensor]:
     """How a picture is cut up for a model: (H, W, 3) uint8 to (n, 3, side, side) uint8."""
     size, tiles = model.config.vision.image_size, model.config.tiles
-    return lambda image: cut_tiles(image, size, tiles.min_tiles, tiles.max_tiles)
+    return partial(cut_tiles, size=size, min_tiles=tiles.min_tiles, max_tiles=tiles.max_tiles)
 
 
 def open_pools(data: Sequence[DataSource], context: RunContext, prefix: str) -> list[Pool]:
     """The sources' shards."""
-    return [Pool(context.inputs[f"{prefix}data.{i}.path"], name=each.path) for i, each in enumerate(data)]
+    return [Pool(context.shards(f"{prefix}data.{i}.path"), name=each.path) for i, each in enumerate(data)]
 
 
 def make_loader(

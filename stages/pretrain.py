@@ -20,7 +20,7 @@ from mmfoundry.models.interop.load import load_any_clip
 from mmfoundry.models.io import save_clip
 from mmfoundry.models.objectives import OBJECTIVES, weighted_sum
 from mmfoundry.pipeline.artifact import Artifact
-from mmfoundry.pipeline.config import ArtifactRef, Config, Neutral, StageConfig
+from mmfoundry.pipeline.config import ArtifactRef, Config, Neutral, ShardsRef, StageConfig
 from mmfoundry.pipeline.errors import ConfigError
 from mmfoundry.pipeline.host_memory import keep_freed_memory
 from mmfoundry.pipeline.optimizers import decay_groups
@@ -33,7 +33,7 @@ SKIP_LOG = "skipped.jsonl"
 class DataSource(Config):
     """Shards to draw from, and how often."""
 
-    path: ArtifactRef = Field(description="shards: artifact folder, folder, tar, or glob of tars")
+    path: ShardsRef = Field(description="shards: artifact folder, folder, tar, glob of tars, or a URL of these")
     weight: float = Field(1.0, gt=0, description="share of the samples drawn from here, in any unit")
 
 
@@ -115,7 +115,7 @@ def run(config: PretrainConfig, context: RunContext) -> Artifact:
         keep_freed_memory()
     model, seed = _model(config, context)
     loader = Loader(
-        [Source(context.inputs[f"data.{i}.path"], each.weight) for i, each in enumerate(config.data)],
+        [Source(context.shards(f"data.{i}.path"), each.weight) for i, each in enumerate(config.data)],
         batch_size=config.trainer.samples_per_fetch(runtime.world_size),
         encode=encoder_of(model.config, config.augmentation),
         finish=pad_text,

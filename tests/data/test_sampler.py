@@ -2,9 +2,9 @@
 
 import hashlib
 import math
-import pickle
 import tracemalloc
 from collections import Counter
+from multiprocessing.reduction import ForkingPickler
 from pathlib import Path
 
 import pytest
@@ -181,7 +181,9 @@ def test_ranks_and_batches_may_change_anywhere(
     whole, resumed = Order(sizes, seed=seed, window=window), []
     position = 0
     for world, each, steps in worlds:
-        order = pickle.loads(pickle.dumps(Order(sizes, seed=seed, window=window)))  # as in a worker of its own
+        order = ForkingPickler.loads(
+            ForkingPickler.dumps(Order(sizes, seed=seed, window=window))
+        )  # as in a worker of its own
         for _ in range(steps):
             parts = [rank_positions(position, each * world, rank, world) for rank in range(world)]
             draws = [[order.at(p) for p in part] for part in parts]

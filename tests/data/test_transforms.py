@@ -1,8 +1,8 @@
 """Transforms: open_clip's pixels, torchvision's geometry."""
 
 import io
-import pickle
 from concurrent.futures import ThreadPoolExecutor
+from multiprocessing.reduction import ForkingPickler
 
 import numpy as np
 import pytest
@@ -242,7 +242,7 @@ def test_pictures_made_in_turn_and_in_threads_keep_to_themselves() -> None:
         return whole(LazyImage(jpegs[number]), np.random.default_rng(number))
 
     expected = [alone(number) for number in range(len(jpegs))]
-    copy = pickle.loads(pickle.dumps(TrainTransform(64)))
+    copy = ForkingPickler.loads(ForkingPickler.dumps(TrainTransform(64)))
     shared = {True: TrainTransform(64, scale=(1, 1), ratio=(1, 1)), False: copy}
 
     def together(number: int) -> np.ndarray:
