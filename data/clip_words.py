@@ -66,7 +66,9 @@ class ClipWords:
 
 def clean(text: str) -> str:
     """Mend broken Unicode and HTML escapes (twice, as they come), single spaces, lower case."""
-    text = html.unescape(html.unescape(ftfy.fix_text(text)))
+    # of plain ASCII there is nothing to mend, and looking costs half of the work
+    if not (text.isascii() and text.isprintable() and "&" not in text):
+        text = html.unescape(html.unescape(ftfy.fix_text(text)))
     return " ".join(text.split()).lower()
 
 

@@ -1,15 +1,17 @@
 """tokenize gives open_clip's ids; captions are chosen by the sample's generator."""
 
+import html
 from functools import lru_cache
 from multiprocessing import reduction
 from typing import Any
 
+import ftfy
 import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from mmfoundry.data.clip_words import ClipWords
+from mmfoundry.data.clip_words import ClipWords, clean
 from mmfoundry.data.decode import UnreadableSample
 from mmfoundry.data.sample import Sample
 from mmfoundry.data.text import ClipTokenizer, choose_caption, clip_tokenizer, tokenize
@@ -44,6 +46,12 @@ def test_ids_of_anything_are_open_clips(parts: list[str]) -> None:
 
     text = " ".join(parts)
     assert _words().encode(text) == _reference(SimpleTokenizer).encode(text)
+
+
+@given(st.text(st.characters(min_codepoint=32, max_codepoint=126), max_size=40))
+def test_plain_ascii_needs_no_mending(text: str) -> None:
+    mended = html.unescape(html.unescape(ftfy.fix_text(text)))
+    assert clean(text) == " ".join(mended.split()).lower()
 
 
 @lru_cache(maxsize=1)
