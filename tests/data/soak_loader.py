@@ -3,8 +3,9 @@
     make soak
     python -m tests.data.soak_loader --samples 200000 --workers 2
 
-Memory is that of this process and its workers together: the proportional set size (shared pages counted once), each
-twentieth of the way. Flat means that no later value is over 5% above that at a tenth of the way.
+Memory is that of this process and its workers together: the proportional set size (shared pages counted once) without
+pages of files, whose share falls and rises with what other programs map; each twentieth of the way. Flat means that no
+later value is over 5% above that at a tenth of the way.
 """
 
 from __future__ import annotations
@@ -45,12 +46,12 @@ def pool(folder: Path, count: int) -> Path:
 
 
 def memory() -> int:
-    """Bytes of this process and those that it started, pages that they share counted once."""
+    """Bytes of this process and those that it started, pages that they share counted once, those of files not."""
     total = 0
     for process in [os.getpid(), *children(os.getpid())]:
         with suppress(OSError):  # it may have ended since
             for line in Path(f"/proc/{process}/smaps_rollup").read_text().splitlines():
-                if line.startswith("Pss:"):
+                if line.startswith(("Pss_Anon:", "Pss_Shmem:")):
                     total += int(line.split()[1]) * 1024
     return total
 
