@@ -42,13 +42,13 @@ class ClipWords:
         Raises:
             MissingInput: open_clip is not installed, or lacks it.
         """
-        lines = gzip.decompress(_vocabulary_file().read_bytes()).decode("utf-8").split("\n")
-        merges = [tuple(line.split()) for line in lines[1 : _MERGES + 1]]
+        # the file goes on for five times as many lines
+        lines = gzip.decompress(_vocabulary_file().read_bytes()).decode("utf-8").split("\n", _MERGES + 1)
+        merges = [(first, second) for first, second in map(str.split, lines[1 : _MERGES + 1])]
         letters = list(_letters().values())
         tokens = [*letters, *(letter + "</w>" for letter in letters), *("".join(pair) for pair in merges), _START, _END]
         self._ids = {token: number for number, token in enumerate(tokens)}
-        pairs = [(first, second) for first, second in merges]
-        self._bpe = BPE(vocab=self._ids, merges=pairs, end_of_word_suffix="</w>")
+        self._bpe = BPE(vocab=self._ids, merges=merges, end_of_word_suffix="</w>")
         self.vocab_size = len(tokens)
         self.sot_token_id, self.eot_token_id = self._ids[_START], self._ids[_END]
 
