@@ -8,8 +8,9 @@ import asyncio
 from abc import ABC, abstractmethod
 from collections.abc import Callable
 from typing import Any
-from urllib.parse import urlsplit, urlunsplit
+from urllib.parse import urlsplit
 
+from mmfoundry.data.shard_names import shown
 from mmfoundry.pipeline.errors import ConfigError, MissingInput, StorageError
 
 SCHEMES = {"http": "http", "https": "http", "s3": "s3", "gs": "gs", "gcs": "gs", "hf": ""}  # -> extra that reads it
@@ -40,7 +41,7 @@ class Source(ABC):
     transient: tuple[type[Exception], ...] = (OSError, EOFError)
 
     def __init__(self, url: str):
-        self.url, self.name = url, printable(url)
+        self.url, self.name = url, shown(url)
 
     @abstractmethod
     def open(self) -> None:
@@ -74,20 +75,14 @@ def open_source(url: str, stall_s: float) -> Source:
     """
     scheme = urlsplit(url).scheme.lower()
     if scheme not in SCHEMES:
-        raise ConfigError(f"{printable(url)}: shards are read from {', '.join(SCHEMES)} and from paths")
+        raise ConfigError(f"{shown(url)}: shards are read from {', '.join(SCHEMES)} and from paths")
     try:
         return _Http(url, stall_s) if SCHEMES[scheme] == "http" else _Bucket(url, scheme)
     except ImportError as error:
         raise MissingInput(
-            f"{printable(url)}: reading it needs a package that is not installed ({error.name}); "
+            f"{shown(url)}: reading it needs a package that is not installed ({error.name}); "
             f"pip install 'mmfoundry[{SCHEMES[scheme]}]'"
         ) from error
-
-
-def printable(url: str) -> str:
-    """The URL without user, password and query, which may be secrets."""
-    parts = urlsplit(url)
-    return urlunsplit((parts.scheme, parts.netloc.rpartition("@")[2], parts.path, "", ""))
 
 
 def is_permanent(error: BaseException) -> bool:

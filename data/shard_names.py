@@ -2,15 +2,14 @@
 
 import glob
 import os
-import re
 from collections.abc import Sequence
 from pathlib import Path
 from urllib.parse import urlsplit, urlunsplit
 
 from mmfoundry.pipeline.errors import ConfigError, DamagedInput, MissingInput
+from mmfoundry.pipeline.urls import is_url
 
 COMPRESSED = (".tar.gz", ".tgz", ".tar.bz2", ".tar.xz", ".tar.zst")
-_URL = re.compile(r"[A-Za-z][A-Za-z0-9+.-]+://")
 _MAX_BRACE_ITEMS = 1_000_000
 
 
@@ -25,11 +24,6 @@ class ShardUrl(str):
 
 Shard = Path | ShardUrl
 ShardSpec = str | os.PathLike[str] | Sequence["str | os.PathLike[str]"]
-
-
-def is_url(text: str) -> bool:
-    """Whether it names something for fsspec: a scheme and `://`."""
-    return _URL.match(text) is not None
 
 
 def shown(shard: str | os.PathLike[str]) -> str:

@@ -29,9 +29,9 @@ from mmfoundry.data.decode import UnreadableSample
 from mmfoundry.data.index import ShardIndex, index_shard
 from mmfoundry.data.reader import MAX_MEMBER_BYTES, read_sample
 from mmfoundry.data.remote_file import Blocks, RemoteFile, attempt
-from mmfoundry.data.remote_source import NoRanges, open_source, printable
+from mmfoundry.data.remote_source import NoRanges, open_source
 from mmfoundry.data.sample import RawSample
-from mmfoundry.data.shard_names import ShardSpec, ShardUrl, as_shard
+from mmfoundry.data.shard_names import ShardSpec, ShardUrl, as_shard, shown
 from mmfoundry.data.storage import RemoteOptions
 from mmfoundry.data.tally import Skip, Tally
 from mmfoundry.pipeline.errors import ConfigError, DamagedInput, MissingInput, StorageError
@@ -113,7 +113,7 @@ class Stream:
             "seed": self.seed,
             "rank": self.rank,
             "world_size": self.world_size,
-            "shards": [_shown(shard) for shard in self.shards],
+            "shards": [shown(shard) for shard in self.shards],
         }
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
@@ -166,7 +166,7 @@ class Stream:
         index = index_shard(path)
         if self._sample > len(index):
             raise DamagedInput(
-                f"{_shown(shard)}: it has {len(index)} samples, and the saved position is past {self._sample}; "
+                f"{shown(shard)}: it has {len(index)} samples, and the saved position is past {self._sample}; "
                 "it is not what it was"
             )
         if self._sample == 0:
@@ -185,10 +185,10 @@ class Stream:
             self.tally.add(1, [self._skip(shard, index.key(local), error.reason, error.detail)])
             return None
         self.tally.add(1)
-        return replace(raw, shard=as_shard(_shown(shard)))
+        return replace(raw, shard=as_shard(shown(shard)))
 
     def _skip(self, shard: str, key: str, reason: str, detail: str) -> Skip:
-        return Skip(_shown(self.shards[0]), _shown(shard), key, reason, detail)
+        return Skip(shown(self.shards[0]), shown(shard), key, reason, detail)
 
     def _bring(self, number: int, folder: Path) -> Path:
         """The shard as a plain tar in `folder`."""
@@ -207,7 +207,7 @@ class Stream:
         unpacker = next((open_it for magic, open_it in _UNPACKERS.items() if head.startswith(magic)), None)
         if head.startswith(_ZSTD):
             raise DamagedInput(
-                f"{_shown(shard)}: zstd is not unpacked here; use 'pipe:zstd -dc FILE', or convert it once"
+                f"{shown(shard)}: zstd is not unpacked here; use 'pipe:zstd -dc FILE', or convert it once"
             )
         plain = folder / f"{number}.tar"
         if unpacker is None:
@@ -233,7 +233,7 @@ class _Bounded:
         self._left -= len(data)
         if self._left < 0:
             raise StorageError(
-                f"{_shown(self._shard)}: more than {self._limit} bytes; raise max_shard_bytes if it is so"
+                f"{shown(self._shard)}: more than {self._limit} bytes; raise max_shard_bytes if it is so"
             )
         self._file.write(data)
 
@@ -329,7 +329,3 @@ def _expand(shards: ShardSpec) -> list[str]:
     if not names:
         raise MissingInput(f"{text}: no such shard; give a tar, a folder, a pattern, a URL or a command")
     return names
-
-
-def _shown(shard: str) -> str:
-    return printable(shard) if isinstance(as_shard(shard), ShardUrl) else shard

@@ -21,9 +21,9 @@ import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from mmfoundry.pipeline.errors import ConfigError, MissingInput
+from mmfoundry.pipeline.urls import is_url
 
 ConfigT = TypeVar("ConfigT", bound="Config")
-_URL = re.compile(r"(?!file:)[A-Za-z][A-Za-z0-9+.-]*://")
 MAX_CONFIG_BYTES = 4 << 20
 
 
@@ -277,15 +277,10 @@ def inputs_of(config: Config) -> dict[str, str]:
     return {path: value for path, value, marks in _leaves(config, "") if Input in marks and value is not None}
 
 
-def remote_inputs_of(config: Config) -> set[str]:
-    """The dotted fields of the inputs that lie behind URLs and may."""
-    leaves = _leaves(config, "")
-    return {path for path, value, marks in leaves if marks >= {Input, Remote} and value is not None and is_url(value)}
-
-
-def is_url(ref: str) -> bool:
-    """Whether it names something by scheme, as `s3://bucket/pool.tar` does; `file://` is a path all the same."""
-    return _URL.match(ref) is not None
+def local_inputs_of(config: Config) -> dict[str, str]:
+    """Those of `inputs_of` that are to be had as local paths: all but shards that are read behind their URLs."""
+    remote = {path for path, value, marks in _leaves(config, "") if Remote in marks and value and is_url(value)}
+    return {path: ref for path, ref in inputs_of(config).items() if path not in remote}
 
 
 def digest_config(config: Config) -> str:

@@ -24,7 +24,7 @@ from typing import Any
 import yaml
 
 from mmfoundry.pipeline.artifact import MANIFEST, Artifact, write_atomic
-from mmfoundry.pipeline.config import StageConfig, apply_overrides, inputs_of, load_yaml, parse, remote_inputs_of
+from mmfoundry.pipeline.config import StageConfig, apply_overrides, load_yaml, local_inputs_of, parse
 from mmfoundry.pipeline.errors import ConfigError, MissingInput, UnknownName
 from mmfoundry.pipeline.ranks import start_ranks
 from mmfoundry.pipeline.registry import unknown
@@ -218,10 +218,7 @@ def check_inputs(entries: Iterable[Entry], fetch: bool = False) -> None:
     """
     made: list[Path] = []
     for entry in entries:
-        remote = remote_inputs_of(entry.config)
-        for field, ref in inputs_of(entry.config).items():
-            if field in remote:
-                continue
+        for field, ref in local_inputs_of(entry.config).items():
             path = Path(ref)
             if (fetch or is_local(ref)) and not any(path == folder or folder in path.parents for folder in made):
                 try:

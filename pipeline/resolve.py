@@ -10,8 +10,8 @@ from pathlib import Path
 
 from braceexpand import braceexpand
 
-from mmfoundry.pipeline.config import is_url
 from mmfoundry.pipeline.errors import MissingInput
+from mmfoundry.pipeline.urls import is_url
 
 _HUB_ID = re.compile(r"(datasets/)?[\w.-]+/[\w.-]+(@[\w./-]+)?")
 _PATTERN = re.compile(r"[*?\[{]")

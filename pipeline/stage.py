@@ -27,7 +27,7 @@ import numpy as np
 
 from mmfoundry.pipeline import artifact as artifacts
 from mmfoundry.pipeline.artifact import MANIFEST, Artifact, InputRecord, Manifest, digest_of, write_atomic
-from mmfoundry.pipeline.config import StageConfig, digest_config, inputs_of, remote_inputs_of
+from mmfoundry.pipeline.config import StageConfig, digest_config, inputs_of, local_inputs_of
 from mmfoundry.pipeline.errors import ConfigError, MissingInput, MmfoundryError, NotEnoughSpace
 from mmfoundry.pipeline.progress import Progress, progress_bar
 from mmfoundry.pipeline.resolve import resolve
@@ -228,10 +228,7 @@ def resolve_inputs(stage: Stage, config: StageConfig) -> dict[str, Path]:
         MissingInput: one is not there; stage and field are named.
     """
     found = {}
-    remote = remote_inputs_of(config)
-    for name, ref in inputs_of(config).items():
-        if name in remote:
-            continue
+    for name, ref in local_inputs_of(config).items():
         try:
             found[name] = resolve(ref)
         except MissingInput as error:

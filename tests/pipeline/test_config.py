@@ -15,7 +15,6 @@ from mmfoundry.pipeline.config import (
     apply_overrides,
     digest_config,
     inputs_of,
-    is_url,
     load_yaml,
     parse,
 )
@@ -223,19 +222,3 @@ def test_the_digest_depends_on_what_changes_the_result_only() -> None:
 def test_the_digest_is_pinned() -> None:
     """Digests are kept in users' manifests: a change of the scheme would repeat their finished work."""
     assert digest_config(parse(Text, {})) == hashlib.sha256(b'["Text", {"context_length": 32}]').hexdigest()
-
-
-@pytest.mark.parametrize(
-    ("ref", "url"),
-    [
-        ("s3://bucket/pool", True),
-        ("https://host/pool-{000..009}.tar", True),
-        ("file:///data/pool", False),
-        ("/data/pool", False),
-        ("owner/name", False),
-        ("C:/pool", False),
-        ("://pool", False),
-    ],
-)
-def test_what_counts_as_a_url(ref: str, url: bool) -> None:
-    assert is_url(ref) is url
