@@ -104,7 +104,7 @@ class BatchMaker:
                 try:
                     row = self._row(draw, position)
                 except UnreadableSample as error:
-                    skips.append(self._skip(draw, position, error))
+                    skips.append(self.pools[draw.source].skip(draw.index, error, position))
                     draw = self.order.redraw(position, attempt)
                 else:
                     add(row)
@@ -134,11 +134,6 @@ class BatchMaker:
         except Exception as error:
             error.add_note(f"while encoding sample {sample.key} of {self.pools[draw.source].name}")
             raise
-
-    def _skip(self, draw: Draw, position: int, error: UnreadableSample) -> Skip:
-        pool = self.pools[draw.source]
-        index, local = pool.locate(draw.index)
-        return Skip(pool.name, str(index.shard), index.key(local), error.reason, error.detail, position)
 
 
 class _Cache:

@@ -14,10 +14,11 @@ from typing import Any
 from mmfoundry.data.decode import UnreadableSample, image_size
 from mmfoundry.data.reader import MAX_MEMBER_BYTES, Pool
 from mmfoundry.data.sample import IMAGE_EXTENSIONS
-from mmfoundry.data.shard_names import COMPRESSED, is_url, shown
+from mmfoundry.data.shard_names import COMPRESSED, shown
 from mmfoundry.data.shards import write_shards
 from mmfoundry.data.tally import Skip, Tally
 from mmfoundry.pipeline.errors import DamagedInput, MissingInput, UnknownColumn
+from mmfoundry.pipeline.urls import is_url
 
 TABLES = (".csv", ".tsv", ".parquet", ".jsonl")
 _TEXTS = ("txt", "json")
@@ -142,14 +143,13 @@ def table_samples(table: Path, tally: Tally, options: ConvertOptions) -> Iterato
 def shard_samples(source: str, tally: Tally) -> Iterator[dict[str, Any]]:
     """The samples of tars, in their order, with their own keys; damage in the tars is counted, too."""
     pool = Pool(source, save_index=False)
-    for shard, damage in pool.damage:
-        tally.add(1, [Skip(pool.name, shown(shard), damage.name, damage.reason, f"at byte {damage.offset}")])
+    for skip in pool.damage_skips():
+        tally.add(1, [skip])
     for number in range(len(pool)):
         try:
             raw = pool.get(number)
         except UnreadableSample as error:
-            index, local = pool.locate(number)
-            tally.add(1, [Skip(pool.name, shown(index.shard), index.key(local), error.reason, error.detail)])
+            tally.add(1, [pool.skip(number, error)])
             continue
         tally.add(1)
         yield {"__key__": raw.key, **raw.members}

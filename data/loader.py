@@ -25,7 +25,7 @@ from mmfoundry.data.index import ShardSpec
 from mmfoundry.data.permutation import WINDOW
 from mmfoundry.data.reader import Pool
 from mmfoundry.data.sampler import Order, rank_positions
-from mmfoundry.data.tally import Skip, Tally, joint_counts
+from mmfoundry.data.tally import Tally, joint_counts
 from mmfoundry.data.workers import in_processes, in_this_thread, in_threads
 from mmfoundry.pipeline.errors import ConfigError
 
@@ -238,10 +238,7 @@ class Loader:
         """Log what the indexes could not read; once, by the first rank. Every rank stops where it is too much."""
         damage = Tally(limit, log if self.rank == 0 else None)
         for pool in self.pools:
-            skips = [
-                Skip(pool.name, str(shard), found.name, found.reason, f"at byte {found.offset}")
-                for shard, found in pool.damage
-            ]
+            skips = pool.damage_skips()
             damage.add(len(pool) + len(skips), skips)
         self.damage = damage
 

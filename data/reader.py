@@ -11,8 +11,9 @@ from typing import Any
 from mmfoundry.data.decode import UnreadableSample
 from mmfoundry.data.index import Member, ShardIndex, expand_shards, open_indexes, require_samples
 from mmfoundry.data.sample import RawSample
-from mmfoundry.data.shard_names import Shard, ShardSpec, ShardUrl
+from mmfoundry.data.shard_names import Shard, ShardSpec, ShardUrl, shown
 from mmfoundry.data.storage import RemoteOptions, ShardFile, Storage
+from mmfoundry.data.tally import Skip
 from mmfoundry.data.tar import Damage
 from mmfoundry.pipeline.errors import DamagedInput, MissingInput
 
@@ -80,6 +81,18 @@ class Pool:
     def damage(self) -> list[tuple[Shard, Damage]]:
         """What the indexes could not read: shard, and place and reason in it."""
         return [(index.shard, damage) for index in self.indexes for damage in index.damage]
+
+    def damage_skips(self) -> list[Skip]:
+        """What the indexes could not read, as it is counted and logged."""
+        return [
+            Skip(self.name, shown(shard), found.name, found.reason, f"at byte {found.offset}")
+            for shard, found in self.damage
+        ]
+
+    def skip(self, number: int, error: UnreadableSample, position: int | None = None) -> Skip:
+        """Sample `number`, which could not be used, as it is counted and logged; `position` as in `tally.Skip`."""
+        index, local = self.locate(number)
+        return Skip(self.name, shown(index.shard), index.key(local), error.reason, error.detail, position)
 
     def locate(self, number: int) -> tuple[ShardIndex, int]:
         """The shard that holds sample `number`, and its number there.
