@@ -48,7 +48,7 @@ class Gather:
             if isinstance(field, list):
                 field.append(value)
                 continue
-            array = _as_array(value)
+            array = as_array(value)
             if array.shape != field.shape[1:] or array.dtype != field.dtype:
                 raise ConfigError(
                     f"encode gave {array.dtype} {array.shape} for {name!r}, before {field.dtype} {field.shape[1:]}; "
@@ -65,7 +65,7 @@ class Gather:
     def _field(self, first: Any) -> np.ndarray | list[Any]:
         if not is_array(first):
             return []
-        array = _as_array(first)
+        array = as_array(first)
         return self._empty((self._rows, *array.shape), array.dtype)
 
     def _joined(self, field: np.ndarray | list[Any]) -> Any:
@@ -85,7 +85,8 @@ def is_tensor(value: Any) -> bool:
     return torch is not None and isinstance(value, torch.Tensor)
 
 
-def _as_array(value: Any) -> np.ndarray:
+def as_array(value: Any) -> np.ndarray:
+    """An array, tensor or number as an array, on the same memory where there is one."""
     return value.numpy() if is_tensor(value) else np.asarray(value)
 
 

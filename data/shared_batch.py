@@ -17,7 +17,7 @@ from typing import Any
 
 import numpy as np
 
-from mmfoundry.data.gather import Batch, is_tensor
+from mmfoundry.data.gather import Batch, as_array, is_tensor
 from mmfoundry.data.ragged import Ragged
 from mmfoundry.pipeline.errors import ConfigError
 
@@ -149,7 +149,7 @@ def _packed(name: str, value: Any, slot: Slot) -> dict[str, Any]:
 
 
 def _array(name: str, value: Any, slot: Slot) -> dict[str, Any]:
-    array = value.numpy() if is_tensor(value) else np.asarray(value)
+    array = as_array(value)
     if array.dtype.hasobject:
         raise ConfigError(f"the batch's {name!r} is an array of objects, which cannot leave a worker process")
     return {"dtype": array.dtype.str, "shape": list(array.shape), "offset": slot.place(array)}
