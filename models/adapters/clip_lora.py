@@ -8,24 +8,19 @@ from __future__ import annotations
 
 from typing import Literal
 
-import torch
-from peft import LoraConfig, inject_adapter_in_model
+from peft import LoraConfig
 from pydantic import Field
 
-from mmfoundry.models.adapters.lora import ADAPTER
+from mmfoundry.models.adapters.lora import LoraSize, inject_lora
 from mmfoundry.models.clip import CLIP
-from mmfoundry.pipeline.config import Config
 
 Layer = Literal["q_proj", "k_proj", "v_proj", "out_proj", "fc1", "fc2"]
 Tower = Literal["vision", "text"]
 
 
-class ClipLoraConfig(Config):
+class ClipLoraConfig(LoraSize):
     """Size of the adapters, and where they go."""
 
-    rank: int = Field(16, ge=1, description="rank of each update")
-    alpha: float = Field(32.0, gt=0, description="the update is scaled by alpha / rank")
-    dropout: float = Field(0.0, ge=0, lt=1, description="share of an adapter's inputs set to zero in training")
     modules: list[Layer] = Field(
         ["q_proj", "v_proj", "out_proj", "fc1", "fc2"], min_length=1, description="linear layers of a block"
     )
@@ -67,15 +62,4 @@ def add_clip_lora(model: CLIP, config: ClipLoraConfig, seed: int) -> LoraConfig:
     Returns:
         The adapter's config in peft's terms.
     """
-    lora = LoraConfig(
-        r=config.rank,
-        lora_alpha=config.alpha,  # type: ignore[arg-type]  # peft divides it by the rank; it need not be whole
-        lora_dropout=config.dropout,
-        target_modules=config.pattern(model),
-        bias="none",
-    )
-    model.requires_grad_(False)
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(seed)
-        inject_adapter_in_model(lora, model, adapter_name=ADAPTER)
-    return lora
+    return inject_lora(model, config, config.pattern(model), seed)

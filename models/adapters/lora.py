@@ -29,12 +29,17 @@ ADAPTER_WEIGHTS = "adapter_model.safetensors"
 _WRAPPER = "base_model.model."
 
 
-class LoraSettings(Config):
-    """Size of the adapters, and where they go."""
+class LoraSize(Config):
+    """Size of the adapters."""
 
     rank: int = Field(16, ge=1, description="rank of each update")
     alpha: float = Field(32.0, gt=0, description="the update is scaled by alpha / rank")
     dropout: float = Field(0.0, ge=0, lt=1, description="share of an adapter's inputs set to zero in training")
+
+
+class LoraSettings(LoraSize):
+    """Size of the adapters, and where they go."""
+
     modules: list[str] = Field(
         default_factory=lambda: ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"],
         min_length=1,
@@ -63,11 +68,30 @@ def add_lora(model: nn.Module, settings: LoraSettings, blocks: str, seed: int) -
     count = len(model.get_submodule(blocks))  # type: ignore[arg-type]  # a ModuleList has a length
     numbers = "|".join(str(number) for number in range(settings.first_layer, count))
     names = "|".join(settings.modules)
+    pattern = rf"{blocks.replace('.', chr(92) + '.')}\.({numbers})\.(.+\.)?({names})"
+    return inject_lora(model, settings, pattern, seed)
+
+
+def inject_lora(model: nn.Module, size: LoraSize, pattern: str, seed: int) -> LoraConfig:
+    """Put adapters of one size into the layers whose names fit a pattern; all else stops being trainable.
+
+    Args:
+        model: changed in place.
+        size: of the adapters.
+        pattern: regular expression over full module names.
+        seed: of the adapters' first factors (the second start at zero); the caller's random state is left alone.
+
+    Returns:
+        The adapter's config in peft's terms.
+
+    Raises:
+        ValueError: no layer of the model is named so.
+    """
     config = LoraConfig(
-        r=settings.rank,
-        lora_alpha=settings.alpha,  # type: ignore[arg-type]  # peft divides it by the rank; it need not be whole
-        lora_dropout=settings.dropout,
-        target_modules=rf"{blocks.replace('.', chr(92) + '.')}\.({numbers})\.(.+\.)?({names})",
+        r=size.rank,
+        lora_alpha=size.alpha,  # type: ignore[arg-type]  # peft divides it by the rank; it need not be whole
+        lora_dropout=size.dropout,
+        target_modules=pattern,
         bias="none",
     )
     model.requires_grad_(False)
