@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from mmfoundry.launch.data_keys import keys
+from mmfoundry.launch.data_keys import IndexDir, ShardNames, keys
 
 if TYPE_CHECKING:
     from mmfoundry.data.tar import Damage
@@ -17,14 +17,6 @@ if TYPE_CHECKING:
 data_app = typer.Typer(no_args_is_help=True, help="Look into shards: their keys, one sample, what is damaged.")
 data_app.command()(keys)
 
-ShardNames = Annotated[
-    list[str],
-    typer.Argument(metavar="SHARDS...", help="Tars, folders of them, quoted patterns such as 'pool/*.tar', or URLs."),
-]
-IndexDir = Annotated[
-    Path | None,
-    typer.Option("--index-dir", help="Folder of the indexes, for shards whose own folder is read-only or remote."),
-]
 DAMAGED = 3  # exit code of `index --strict`
 _SHOWN_DAMAGE = 20
 

@@ -7,12 +7,18 @@ from typing import Annotated
 
 import typer
 
+ShardNames = Annotated[
+    list[str],
+    typer.Argument(metavar="SHARDS...", help="Tars, folders of them, quoted patterns such as 'pool/*.tar', or URLs."),
+]
+IndexDir = Annotated[
+    Path | None,
+    typer.Option("--index-dir", help="Folder of the indexes, for shards whose own folder is read-only or remote."),
+]
+
 
 def keys(
-    shards: Annotated[
-        list[str],
-        typer.Argument(metavar="SHARDS...", help="Tars, folders of them, quoted patterns ('pool/*.tar') or URLs."),
-    ],
+    shards: ShardNames,
     seed: Annotated[int | None, typer.Option("--seed", help="Of the order; 0 if another option asks for it.")] = None,
     epoch: Annotated[int | None, typer.Option("--epoch", min=0, help="Which epoch's order, counted from 0.")] = None,
     world_size: Annotated[int | None, typer.Option("--world-size", min=1, help="Number of ranks.")] = None,
@@ -26,10 +32,7 @@ def keys(
     window: Annotated[
         int | None, typer.Option("--window", help="Samples that are shuffled together, where the loader was given it.")
     ] = None,
-    index_dir: Annotated[
-        Path | None,
-        typer.Option("--index-dir", help="Folder of the indexes, for shards whose own folder is read-only or remote."),
-    ] = None,
+    index_dir: IndexDir = None,
 ) -> None:
     """Print keys, one a line: all in the order of the shards or, with any of the options, those that a rank draws.
 
