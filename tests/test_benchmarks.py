@@ -1,6 +1,5 @@
 """The loader benchmark runs, on tiny pictures and without peers: those want a network, and minutes."""
 
-import importlib.util
 import json
 import subprocess
 import sys
@@ -11,18 +10,14 @@ from types import ModuleType
 import numpy as np
 import pytest
 
-SCRIPT = Path(__file__).parent.parent / "benchmarks" / "loader.py"
+from tests.scripts import BENCHMARKS, load_script
+
+SCRIPT = BENCHMARKS / "loader.py"
 
 
 @pytest.fixture(scope="module")
 def loader() -> ModuleType:
-    spec = importlib.util.spec_from_file_location("loader_benchmark", SCRIPT)
-    assert spec is not None
-    assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    sys.modules["loader_benchmark"] = module
-    spec.loader.exec_module(module)
-    return module
+    return load_script("loader")
 
 
 @pytest.fixture(scope="module")

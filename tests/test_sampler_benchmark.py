@@ -1,26 +1,18 @@
 """The benchmark of the sampler: its orders are orders, its measure of mixing is right where the answer is known."""
 
-import importlib.util
 import json
-import sys
 from pathlib import Path
 from types import ModuleType
 
 import numpy as np
 import pytest
 
-SCRIPT = Path(__file__).parent.parent / "benchmarks" / "sampler.py"
+from tests.scripts import load_script
 
 
 @pytest.fixture(scope="module")
 def script() -> ModuleType:
-    spec = importlib.util.spec_from_file_location("sampler_benchmark", SCRIPT)
-    assert spec is not None
-    assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    sys.modules["sampler_benchmark"] = module  # processes of its own find its functions there
-    spec.loader.exec_module(module)
-    return module
+    return load_script("sampler")
 
 
 def test_noise_is_one_for_independent_draws_and_known_for_shards_in_turn(script: ModuleType) -> None:

@@ -1,6 +1,5 @@
 """Shards in a bucket: moto's S3 server, through s3fs."""
 
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -15,28 +14,6 @@ from mmfoundry.pipeline.errors import MissingInput, StorageError
 
 from .conftest import samples
 from .servers import proxy, s3_server
-
-pytest.importorskip("s3fs", reason="s3fs is not installed (pip install 'mmfoundry[s3]')")
-pytest.importorskip("moto.server", reason="moto's server is not installed (pip install 'moto[server]')")
-
-
-@pytest.fixture(scope="module")
-def endpoint() -> Iterator[str]:
-    with s3_server() as url:
-        yield url
-
-
-@pytest.fixture
-def bucket(endpoint: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Any:
-    """An s3fs file system on an empty bucket `shards`; reading finds the server through fsspec's own settings."""
-    import fsspec
-
-    monkeypatch.setitem(fsspec.config.conf, "s3", {"key": "any", "secret": "any", "endpoint_url": endpoint})
-    system = fsspec.filesystem("s3", use_listings_cache=False)
-    if system.exists("shards"):
-        system.rm("shards", recursive=True)
-    system.mkdir("shards")
-    return system
 
 
 def _options(tmp_path: Path, **more: Any) -> RemoteOptions:

@@ -1,6 +1,5 @@
 """Stages read their shards from a bucket as they do from a disk."""
 
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -16,32 +15,16 @@ from mmfoundry.pipeline.stage import Stage, run_stage
 from mmfoundry.stages.filter import STAGE as FILTER
 from mmfoundry.stages.pretrain import STAGE as PRETRAIN
 from tests.data.conftest import samples
-from tests.data.servers import s3_server
-
-pytest.importorskip("s3fs", reason="s3fs is not installed (pip install 'mmfoundry[s3]')")
-pytest.importorskip("moto.server", reason="moto's server is not installed (pip install 'moto[server]')")
-
-
-@pytest.fixture(scope="module")
-def endpoint() -> Iterator[str]:
-    with s3_server() as url:
-        yield url
 
 
 @pytest.fixture
-def pool(endpoint: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+def pool(bucket: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """A pool on the disk, and the same in the bucket `s3://shards/pool`."""
-    import fsspec
-
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
-    monkeypatch.setitem(fsspec.config.conf, "s3", {"key": "any", "secret": "any", "endpoint_url": endpoint})
     local = tmp_path / "pool"
     write_shards(samples(24), local, max_count=10)
-    system = fsspec.filesystem("s3", use_listings_cache=False)
-    if not system.exists("shards"):
-        system.mkdir("shards")
     for shard in local.glob("*.tar"):
-        system.put_file(str(shard), f"shards/pool/{shard.name}")
+        bucket.put_file(str(shard), f"shards/pool/{shard.name}")
     return local
 
 
