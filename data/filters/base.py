@@ -7,7 +7,8 @@ the captions of those pairs only. So a filter on captions cuts captions, a filte
 needs to know which of the two it is.
 """
 
-from typing import Literal
+from collections.abc import Sequence
+from typing import ClassVar, Literal
 
 import polars as pl
 
@@ -18,8 +19,8 @@ from mmfoundry.pipeline.registry import Registry
 class Filter(Config):
     """A pure function of the metadata table; its fields are the parameters that a recipe may set.
 
-    A filter that judges each row by itself defines `expression`. One that looks at rows together (duplicates, a top
-    fraction) is of scope "pool" and overrides `scope`, `keep` and `columns`.
+    A filter that judges each row by itself defines `expression` (or, if polars cannot say it, `columns` and `keep`).
+    One that looks at rows together (duplicates, a top fraction) is a `PoolFilter`.
     """
 
     @property
@@ -48,6 +49,68 @@ class Filter(Config):
     def parts(self) -> tuple[tuple[str, "Filter"], ...]:
         """Steps that are applied one after the other, for a filter that is a sequence; empty for all others."""
         return ()
+
+
+class PoolFilter(Filter):
+    """A filter that looks at rows together, without ever having the whole pool in memory.
+
+    It works in rounds. In each, `partial` tells of one part of the pool (a shard, a metadata file) what the others must
+    know, and `merge` makes one state of all parts' partials. At last `judge` gives the verdict on the rows of a part.
+    Partials and states are tables, written as parquet: a run that was cut off goes on from them. The verdict must not
+    depend on how the pool is cut into parts, nor on their order.
+    """
+
+    num_rounds: ClassVar[int] = 1
+
+    @property
+    def scope(self) -> Literal["row", "pool"]:
+        """Rows are looked at together."""
+        return "pool"
+
+    def columns(self) -> frozenset[str]:
+        """The columns that `partial` and `judge` read."""
+        raise NotImplementedError
+
+    def partial(self, table: pl.DataFrame, states: Sequence[pl.DataFrame]) -> pl.DataFrame:
+        """What round `len(states)` must know of one part.
+
+        Args:
+            table: "uid" and `columns()` of those rows of one part that reached this filter; perhaps none.
+            states: of the earlier rounds.
+        """
+        raise NotImplementedError
+
+    def merge(self, partials: Sequence[pl.LazyFrame], states: Sequence[pl.DataFrame]) -> pl.DataFrame:
+        """The state of round `len(states)`: small, since each process that judges holds it in memory.
+
+        Args:
+            partials: of all parts, at least one, in the order of the pool.
+            states: of the earlier rounds.
+        """
+        raise NotImplementedError
+
+    def judge(
+        self, table: pl.DataFrame, states: Sequence[pl.DataFrame], partials: Sequence[pl.DataFrame]
+    ) -> pl.Series:
+        """The verdict on each row of a part.
+
+        Args:
+            table: as `partial` had it.
+            states: of all rounds.
+            partials: what `partial` returned for this part, by round.
+        Returns:
+            Boolean series of the table's height; null where a row cannot be judged.
+        """
+        raise NotImplementedError
+
+    def keep(self, table: pl.DataFrame) -> pl.Series:
+        """The verdict on a pool of one part."""
+        states: list[pl.DataFrame] = []
+        partials: list[pl.DataFrame] = []
+        for _ in range(self.num_rounds):
+            partials.append(self.partial(table, states))
+            states.append(self.merge([partials[-1].lazy()], states))
+        return self.judge(table, states, partials).cast(pl.Boolean).alias("keep")
 
 
 FILTERS: Registry[type[Filter]] = Registry("filter", package="mmfoundry.data.filters")
