@@ -48,8 +48,9 @@ METADATA: dict[str, Column] = {
     "face_bboxes": Column(pl.List(pl.List(pl.Float64())), "metadata", "faces, each x0, y0, x1, y1 as fractions of the sides"),
 }
 COLUMNS: dict[str, Column] = {**IDENTITY, **METADATA, **COMPUTED, **derived_columns()}
+_SIMILARITY = re.compile(r"clip_(\w+)_similarity_score")
 _SCORED = (  # what a scorer called NAME makes; DataComp's metadata has them for b32 and l14
-    (re.compile(r"clip_(\w+)_similarity_score"), Column(pl.Float32(), "model", "cosine of image and caption under a CLIP")),
+    (_SIMILARITY, Column(pl.Float32(), "model", "cosine of image and caption under a CLIP")),
     (re.compile(r"(\w+)_(?:img|txt)"), Column(pl.List(pl.Float32()), "model", "a CLIP's embedding of image or caption")),
 )
 
@@ -73,8 +74,17 @@ def scorer_of(column: str) -> str | None:
 def schema(columns: frozenset[str]) -> dict[str, pl.DataType]:
     """Names and types of the table that has these columns: identity first, then the asked ones in a fixed order."""
     asked = {name: column.dtype for name, column in COMPUTED.items() if name in columns}
-    fields = {name: pl.String() for name in sorted(columns) if name.startswith(JSON_PREFIX)}
-    return {**{name: column.dtype for name, column in IDENTITY.items()}, **asked, **fields}
+    given = {name: dtype for name in sorted(columns) if (dtype := _given(name)) is not None}
+    return {**{name: column.dtype for name, column in IDENTITY.items()}, **asked, **given}
+
+
+def _given(column: str) -> pl.DataType | None:
+    """The type of a column that a sample's own JSON may have; None for all others."""
+    if column in METADATA:
+        return METADATA[column].dtype
+    if column.startswith(JSON_PREFIX):
+        return pl.String()
+    return pl.Float64() if column not in COLUMNS and _SIMILARITY.fullmatch(column) else None
 
 
 def rows_of(
@@ -102,7 +112,7 @@ def rows_of(
         reason = error.reason
     data = image_member(raw.members)
     sample |= {"uid": uid_of(raw, meta), "unreadable": "no image"}
-    sample |= {name: _json_text(meta, name) for name in columns if name.startswith(JSON_PREFIX)}
+    sample |= {name: _json_value(meta, name) for name in columns if _given(name) is not None}
     if data is not None:
         sample |= _image_columns(data, columns, limits)
     if reason is not None:
@@ -169,8 +179,19 @@ def pixel_deviation(pixels: np.ndarray) -> float:
     return float(np.sqrt(variance.max()))
 
 
-def _json_text(meta: Mapping[str, Any], column: str) -> str | None:
+def _json_value(meta: Mapping[str, Any], column: str) -> Any:
+    """A column that the sample's JSON has; null where it is not there or of another kind."""
     value = meta.get(column.removeprefix(JSON_PREFIX))
+    if column == "face_bboxes":
+        return value if _is_boxes(value) else None
+    if column not in METADATA and not column.startswith(JSON_PREFIX):
+        return float(value) if isinstance(value, int | float) and not isinstance(value, bool) else None
     if isinstance(value, str):
         return value
     return json.dumps(value) if isinstance(value, bool | int | float) else None
+
+
+def _is_boxes(value: Any) -> bool:
+    if not isinstance(value, list) or not all(isinstance(box, list) and len(box) == 4 for box in value):
+        return False
+    return all(isinstance(side, int | float) and not isinstance(side, bool) for box in value for side in box)

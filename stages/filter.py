@@ -1,62 +1,70 @@
-"""The `filter` stage: a pool of raw image-text shards in, the pairs worth training on out, and the account of both."""
+"""The `filter` stage: a pool of raw image-text pairs in, those worth training on out, and the account of both."""
 
 from __future__ import annotations
 
 import json
+import os
+import time
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import Annotated, Any, Literal
 
 import numpy as np
 import polars as pl
-from pydantic import Field, field_validator, model_validator
+from pydantic import Field, field_validator
 
-from mmfoundry.data.columns import COLUMNS
+from mmfoundry.data.columns import column_named
 from mmfoundry.data.decode import DecodeLimits
+from mmfoundry.data.derived.base import sources_of
+from mmfoundry.data.filter_jobs import Counted, Judging
+from mmfoundry.data.filters.account import Account
 from mmfoundry.data.filters.base import Filter
 from mmfoundry.data.filters.examples import examples_of
-from mmfoundry.data.filters.funnel import Judgement, funnel_of, judge, steps_of, truth_metrics
+from mmfoundry.data.filters.funnel import funnel_of, truth_metrics
+from mmfoundry.data.filters.plan import Step, steps_of
 from mmfoundry.data.filters.subset import write_subset
 from mmfoundry.data.filters.tree import parse_filter
+from mmfoundry.data.parts import Part, metadata_files, metadata_parts
 from mmfoundry.data.reader import Pool
 from mmfoundry.data.reshard import curated_samples
-from mmfoundry.data.scores import Scorer, score_table
 from mmfoundry.data.shards import write_shards
-from mmfoundry.data.table import (
-    Request,
-    describe_shards,
-    read_table,
-    read_truth,
-    unreadable_counts,
-    unreadable_keys,
-    write_parquet,
-)
+from mmfoundry.data.table import Request, write_parquet
+from mmfoundry.data.table_cache import TableCache
 from mmfoundry.pipeline.artifact import Artifact, write_atomic
-from mmfoundry.pipeline.config import ArtifactRef, Config, Neutral, ShardsRef, StageConfig
+from mmfoundry.pipeline.config import Neutral, ShardsRef, StageConfig
 from mmfoundry.pipeline.distributed import barrier
-from mmfoundry.pipeline.errors import ConfigError, MmfoundryError, TooManyUnreadable
+from mmfoundry.pipeline.errors import MmfoundryError, UnknownColumn
+from mmfoundry.pipeline.registry import unknown
 from mmfoundry.pipeline.stage import RunContext, Stage
+from mmfoundry.stages.filter_passes import (
+    Unreadable,
+    Workers,
+    count_parts,
+    describe_shards,
+    mean_rows,
+    pool_digest,
+    run_passes,
+    truth_of_pool,
+    workers_for,
+)
 
-if TYPE_CHECKING:
-    import torch
-
-SCORED = frozenset(name for name, column in COLUMNS.items() if column.needs == "model")
-
-
-class ClipScoreConfig(Config):
-    """Which CLIP scores the pairs."""
-
-    model: ArtifactRef = Field(description="a CLIP: a pretrain artifact")
-    batch_size: int = Field(64, ge=1, description="images a forward pass")
+ALWAYS_READ = frozenset({"uid", "key", "index", "caption_index", "caption", "unreadable"})
 
 
 class FilterConfig(StageConfig):
     """Which pairs of a pool go on."""
 
-    pool: ShardsRef = Field(description="raw tars: an artifact, a folder, a tar, a glob, a hub id or a URL")
+    pool: ShardsRef = Field(
+        description="raw tars: an artifact, a folder, a tar, a glob, a hub id or a URL; or DataComp's metadata: a folder "
+        "of parquet files (with their npz beside them), or one such file"
+    )
     filters: dict[str, Any] = Field(description="filter tree, e.g. {all: [{basic: {min_side: 64}}, exact_duplicate]}")
-    clip_score: ClipScoreConfig | None = Field(None, description="makes the column clip_score; null: there is none")
+    alone: bool = Field(
+        True,
+        description="also judge each filter by itself, on the whole pool, for the account; false: only in sequence, so "
+        "that what is dear (language, embeddings) is computed for nothing that an earlier filter dropped",
+    )
     max_unreadable: float = Field(0.01, ge=0, le=1, description="fraction of samples; past it the stage stops")
     max_image_bytes: int = Field(64 << 20, gt=0, description="encoded size past which an image counts as unreadable")
     max_image_pixels: int = Field(64_000_000, gt=0, description="width x height past which it counts as unreadable")
@@ -68,22 +76,29 @@ class FilterConfig(StageConfig):
         default_factory=list,
         description="kinds of known bad pairs (`truth`) that these filters cannot see: left out of bad_dropped",
     )
+    executor: Annotated[Literal["local", "ray"], Neutral()] = Field(
+        "local", description="who does the work: processes of this machine, or a Ray cluster that sees the same files"
+    )
+    ray_address: Annotated[str | None, Neutral()] = Field(
+        None, description="of the cluster, e.g. 10.0.0.1:6379; null: the one that runs on this machine"
+    )
     num_workers: Annotated[int | None, Neutral()] = Field(
-        None, ge=1, description="processes a rank; null: one a core if it pays"
+        None, ge=1, description="parts at a time, a rank; null: one a core (one for a small pool), or the whole cluster"
+    )
+    cache_dir: Annotated[str | None, Neutral()] = Field(
+        None, description="folder for what is dear to find out, so that a changed filter finds it; null: OUTPUT.cache"
     )
 
     @field_validator("filters")
     @classmethod
     def _parses(cls, filters: dict[str, Any]) -> dict[str, Any]:
-        parse_filter(filters)
-        return filters
+        tree = parse_filter(filters)
+        for name in sorted(tree.columns()):
+            if column_named(name) is None:
+                from mmfoundry.data.columns import COLUMNS
 
-    @model_validator(mode="after")
-    def _has_scorer(self) -> FilterConfig:
-        wanted = self.tree().columns() & SCORED
-        if wanted and self.clip_score is None:
-            raise ConfigError(f"a filter reads {', '.join(wanted)}, which needs clip_score.model")
-        return self
+                raise UnknownColumn(unknown("column", name, list(COLUMNS)))
+        return filters
 
     def tree(self) -> Filter:
         """The filter tree."""
@@ -95,29 +110,107 @@ class FilterConfig(StageConfig):
 
 
 def run(config: FilterConfig, context: RunContext) -> Artifact:
-    """Write the kept samples and the account; shards described by an earlier, cut-off run are not read again.
+    """Write the kept samples and the account; what an earlier run found out, and still holds, is not looked at again.
 
-    Writes `subset.npy` (kept uids in DataComp's format), `shards/`, `kept/*.parquet`, `dropped.parquet` (with the step
-    that dropped each), `funnel.json`, `examples.parquet`, and `table/*.parquet`, the metadata of the whole pool.
+    Writes `subset.npy` (kept uids in DataComp's format), `kept/*.parquet`, `dropped/*.parquet` (with the step that
+    dropped each), `funnel.json`, and for a pool of tars `shards/`, `examples.parquet`, and `table/*.parquet`, the
+    metadata of the whole pool.
 
     Raises:
         MissingInput: the pool is not there or has no readable sample.
+        UnknownColumn: a filter reads a column that the pool lacks; raised before any sample is read.
         TooManyUnreadable: past `max_unreadable`; the message counts samples by reason.
         MmfoundryError: nothing is kept.
     """
+    where = context.shards("pool")
+    files = metadata_files(where) if isinstance(where, Path) else []
+    return _on_metadata(config, context, files) if files else _on_tars(config, context)
+
+
+def _on_tars(config: FilterConfig, context: RunContext) -> Artifact:
     pool = Pool(context.shards("pool"), name=config.pool)
-    tree = config.tree()
-    request = Request(tree.columns(), config.limits(), context.work)
-    unreadable = describe(config, context, pool, request)
-    if request.columns & SCORED:
-        score(config, context, pool, request)
-    barrier(context.runtime.group)
-    if not context.runtime.is_main:
+    cache, began = _cache(config, context)
+    steps = steps_of(config.tree())
+    columns = sources_of(config.tree().columns())
+    damaged = Counter(damage.reason for _, damage in pool.damage)
+    unreadable = Unreadable(config.pool, len(pool) + damaged.total(), config.max_unreadable)
+    unreadable.add(damaged)
+    with workers_for(context, config.executor, config.num_workers, config.ray_address, len(pool)) as workers:
+        request = Request(columns - ALWAYS_READ, config.limits())
+        parts = describe_shards(pool, request, cache, workers, unreadable)
+        truth = truth_of_pool(parts)
+        judging, counted = _judge(config, context, steps, parts, cache, workers, bool(truth.height))
+    if counted is None:
         return context.finish({})
-    table = read_table(request, len(pool.shards))
-    judgement = judge(steps_of(tree), table)
-    funnel = funnel_of(judgement, read_truth(request, len(pool.shards)), config.unseen_kinds)
-    funnel |= {"shards": [shard.name for shard in pool.shards], "damaged": dict(sorted(damage_in(pool).items()))}
+    funnel = _account(config, context, judging, parts, counted, damaged, truth)
+    candidates = pl.concat([one.candidates for one in counted])
+    examples = examples_of(candidates, [name for name, _ in steps], pool, config.examples, config.limits())
+    write_parquet(examples, context.work / "examples.parquet")
+    for part in parts:
+        _link(part.tables[0], context.work / "table" / f"{part.number:05d}.parquet")
+    if config.reshard:
+        write_shards(
+            _curated(pool, context.work / "kept", len(parts)),
+            context.work / "shards",
+            max_count=config.max_shard_samples,
+            max_bytes=config.max_shard_bytes,
+        )
+    return _finish(config, context, cache, began, funnel, unreadable.found.total())
+
+
+def _on_metadata(config: FilterConfig, context: RunContext, files: Sequence[Path]) -> Artifact:
+    cache, began = _cache(config, context)
+    steps = steps_of(config.tree())
+    parts, broken = metadata_parts(files, sources_of(config.tree().columns()))
+    rows = [part.count for part in parts]
+    lost = mean_rows([sum(rows) // max(len(files) - len(broken), 1)])
+    damaged = Counter({"metadata file cannot be read": lost * len(broken)}) if broken else Counter()
+    unreadable = Unreadable(config.pool, sum(rows) + damaged.total(), config.max_unreadable)
+    unreadable.add(damaged, f"{next(iter(broken))}: {next(iter(broken.values()))}" if broken else "")
+    with workers_for(context, config.executor, config.num_workers, config.ray_address, sum(rows)) as workers:
+        judging, counted = _judge(config, context, steps, parts, cache, workers, False)
+    if counted is None:
+        return context.finish({})
+    for one in counted:
+        unreadable.add(one.account.unreadable)
+    funnel = _account(config, context, judging, parts, counted, damaged, None)
+    return _finish(config, context, cache, began, funnel, unreadable.found.total())
+
+
+def _judge(
+    config: FilterConfig,
+    context: RunContext,
+    steps: Sequence[Step],
+    parts: Sequence[Part],
+    cache: TableCache,
+    workers: Workers,
+    truth: bool,
+) -> tuple[Judging, list[Counted] | None]:
+    judging = Judging(tuple(steps), config.alone, pool_digest(parts), cache)
+    run_passes(judging, parts, workers)
+    columns = sorted(config.tree().columns())
+    return judging, count_parts(judging, parts, columns, config.examples, truth and config.alone, workers)
+
+
+def _account(
+    config: FilterConfig,
+    context: RunContext,
+    judging: Judging,
+    parts: Sequence[Part],
+    counted: Sequence[Counted],
+    damaged: Counter[str],
+    truth: pl.DataFrame | None,
+) -> dict[str, Any]:
+    """Write `funnel.json` and `subset.npy`.
+
+    Raises:
+        MmfoundryError: nothing is kept.
+    """
+    account = sum((one.account for one in counted), Account())
+    judgements = [one.judgement for one in counted if one.judgement is not None]
+    funnel = funnel_of(judging.steps, account, judgements, truth, config.unseen_kinds)
+    names = list(dict.fromkeys(part.name for part in parts))
+    funnel |= {"shards": names, "damaged": dict(sorted(damaged.items()))}
     write_atomic(context.work / "funnel.json", json.dumps(funnel, indent=1, ensure_ascii=False) + "\n")
     if not funnel["kept"]:
         worst = max(funnel["filters"], key=lambda row: row["sequence"]["dropped"])
@@ -125,7 +218,13 @@ def run(config: FilterConfig, context: RunContext) -> Artifact:
             f"{config.pool}: no sample of {funnel['samples']} passes the filters; {worst['name']} drops "
             f"{worst['sequence']['dropped']} of the {worst['sequence']['in']} that reach it: loosen it"
         )
-    write_selection(config, context, pool, table, judgement)
+    write_subset(np.concatenate([one.subset for one in counted]), context.work / "subset.npy")
+    return funnel
+
+
+def _finish(
+    config: FilterConfig, context: RunContext, cache: TableCache, began: float, funnel: dict[str, Any], unreadable: int
+) -> Artifact:
     samples = funnel["samples"] + sum(funnel["damaged"].values())
     metrics = {
         "samples": samples,
@@ -137,116 +236,37 @@ def run(config: FilterConfig, context: RunContext) -> Artifact:
         **truth_metrics(funnel["truth"]),
     }
     context.log.say(_summary(metrics))
+    cache.drop_unused(began)
     return context.finish(metrics)
 
 
-def describe(config: FilterConfig, context: RunContext, pool: Pool, request: Request) -> int:
-    """Write the table of every shard, each rank its share; returns how many samples of the pool cannot be read.
-
-    Raises:
-        TooManyUnreadable: past the limit, as soon as that is certain.
-    """
-    asked = Request(request.columns - SCORED, request.limits, request.folder)
-    damaged = damage_in(pool)
-    total = len(pool) + damaged.total()
-    found = Counter(damaged)
-
-    def check(shard: int) -> None:
-        found.update(unreadable_counts(asked, shard))
-        if found.total() > config.max_unreadable * total:
-            counts = ", ".join(f"{count} x {reason}" for reason, count in found.most_common())
-            keys = unreadable_keys(asked, shard)
-            example = f"; for one, {keys[0]} in {pool.shards[shard].name}" if keys else ""
-            raise TooManyUnreadable(
-                f"{config.pool}: {found.total()} of {total} samples cannot be read ({counts}{example}); max_unreadable "
-                f"allows {config.max_unreadable:.2%}: repair the pool or raise it"
-            )
-
-    mine = list(enumerate(pool.indexes))[context.runtime.rank :: context.runtime.world_size]
-    check_shards = {shard for shard, _ in mine}
-    with context.progress(sum(len(index) for _, index in mine), "filter: looking at samples") as bar:
-
-        def done(shard: int) -> None:
-            bar.advance(len(pool.indexes[shard]))
-            check(shard)
-
-        describe_shards(asked, mine, config.num_workers, done)
-    barrier(context.runtime.group)
-    for shard in range(len(pool.shards)):  # what other ranks found counts as well
-        if shard not in check_shards:
-            check(shard)
-    return found.total()
+def _cache(config: FilterConfig, context: RunContext) -> tuple[TableCache, float]:
+    """The cache, and the time of its disk at which this run began (the earlier parts of a cut-off run included)."""
+    output = context.output
+    cache = TableCache(Path(config.cache_dir) if config.cache_dir else output.with_name(f"{output.name}.cache"))
+    cache.folder.mkdir(parents=True, exist_ok=True)
+    mark = cache.folder / "used"
+    mark.write_text(f"{time.time()}\n", encoding="ascii")
+    began = mark.stat().st_mtime
+    barrier(context.runtime.group)  # nobody may begin before the mark was made
+    return cache, began
 
 
-def damage_in(pool: Pool) -> Counter[str]:
-    """What the shards' indexes could not read, by reason; each counts as one sample."""
-    return Counter(damage.reason for _, damage in pool.damage)
+def _link(path: Path, place: Path) -> None:
+    """Have a file of the cache in the artifact; it is not written twice where the disk can do that."""
+    place.parent.mkdir(parents=True, exist_ok=True)
+    place.unlink(missing_ok=True)
+    try:
+        os.link(path, place)
+    except OSError:
+        write_atomic(place, path.read_bytes())
 
 
-def score(config: FilterConfig, context: RunContext, pool: Pool, request: Request) -> None:
-    """Write the model's scores of every shard, each rank its share, and join them to the shard's table."""
-    assert config.clip_score is not None  # the config's validator saw to it
-    scorer = clip_scorer(context.inputs["clip_score.model"], context.runtime.device)
-    mine = range(context.runtime.rank, len(pool.shards), context.runtime.world_size)
-    with context.progress(sum(len(pool.indexes[shard]) for shard in mine), "filter: scoring pairs") as bar:
-        for shard in mine:
-            path = request.scores_path(shard)
-            if not path.is_file():
-                table = pl.read_parquet(request.table_path(shard))
-                scores = score_table(pool, table, "clip_score", scorer, config.clip_score.batch_size, request.limits)
-                write_parquet(scores, path)
-            bar.advance(len(pool.indexes[shard]))
-
-
-def clip_scorer(folder: Path, device: torch.device) -> Scorer:
-    """Cosines of images and captions under one of our CLIPs.
-
-    Raises:
-        MissingInput: there is no CLIP in the folder.
-        DamagedInput: it cannot be read.
-    """
-    import torch
-
-    from mmfoundry.data.text import clip_tokenizer
-    from mmfoundry.data.transforms import EvalTransform
-    from mmfoundry.models.io import load_clip
-
-    model = load_clip(folder).to(device)
-    transform = EvalTransform(model.config.vision_cfg.image_size)
-    tokenize = clip_tokenizer(model.config.text_cfg.context_length)
-
-    @torch.inference_mode()
-    def scores(images: Sequence[np.ndarray], captions: Sequence[Sequence[str]]) -> list[np.ndarray]:
-        pixels = torch.from_numpy(np.stack([transform(image) for image in images]))
-        tokens = torch.from_numpy(tokenize([caption for of_image in captions for caption in of_image]))
-        image_bD = model.encode_image(model.pixels(pixels.to(device)))
-        text_cD = model.encode_text(tokens.to(device))
-        owner_c = torch.tensor([i for i, of_image in enumerate(captions) for _ in of_image], device=device)
-        cosines = (image_bD[owner_c] * text_cD).sum(-1).cpu().numpy()
-        return np.split(cosines, np.cumsum([len(of_image) for of_image in captions])[:-1])
-
-    return scores
-
-
-def write_selection(
-    config: FilterConfig, context: RunContext, pool: Pool, table: pl.DataFrame, judgement: Judgement
-) -> None:
-    """Write what is kept, as uids, rows and shards, and what is dropped, with its reason."""
-    names = pl.Series([shard.name for shard in pool.shards], dtype=pl.String)
-    named = pl.lit(names).gather(pl.col("shard")).alias("shard")
-    kept, samples = judgement.pairs["keep"], judgement.samples
-    write_subset(samples.filter("kept")["uid"], context.work / "subset.npy")
-    for (shard,), rows in table.filter(kept).group_by("shard", maintain_order=True):
-        write_parquet(rows.with_columns(named), context.work / "kept" / f"{shard:05d}.parquet")
-    dropped = samples.filter(~pl.col("kept")).select("uid", "key", named, "index", "reason", "unreadable")
-    write_parquet(dropped, context.work / "dropped.parquet")
-    examples = examples_of(judgement, pool, config.examples, config.seed, config.limits())
-    write_parquet(examples, context.work / "examples.parquet")
-    if config.reshard:
-        curated = curated_samples(pool, judgement.pairs.filter("keep"))
-        write_shards(
-            curated, context.work / "shards", max_count=config.max_shard_samples, max_bytes=config.max_shard_bytes
-        )
+def _curated(pool: Pool, kept: Path, parts: int) -> Iterator[dict[str, Any]]:
+    """The samples of the new shards; the kept pairs of one shard in memory at a time."""
+    for number in range(parts):
+        rows = pl.read_parquet(kept / f"{number:05d}.parquet", columns=["uid", "index", "caption_index"])
+        yield from curated_samples(pool, rows.with_columns(shard=pl.lit(number, pl.UInt32)))
 
 
 def _summary(metrics: dict[str, float]) -> str:

@@ -18,6 +18,7 @@ class Derivation(ABC):
 
     makes: ClassVar[Mapping[str, Column]]
     reads: ClassVar[frozenset[str]]  # may name columns that other derivations make
+    dear: ClassVar[bool] = False  # whether what was computed is worth keeping on a disk
 
     @staticmethod
     @abstractmethod

@@ -1,5 +1,10 @@
-"""A few pictures that each step of a filter tree kept and dropped, small, for people to look at."""
+"""A few pictures that each step of a filter tree kept and dropped, small, for people to look at.
 
+They are drawn by a hash of the uid, the smallest first: so the draws of parts can be put together, and do not depend on
+how the pool is cut.
+"""
+
+import hashlib
 import io
 
 import numpy as np
@@ -7,12 +12,22 @@ import polars as pl
 from PIL import Image
 
 from mmfoundry.data.decode import DecodeLimits, UnreadableSample, decode_image
-from mmfoundry.data.filters.funnel import Judgement
+from mmfoundry.data.filters.account import Judgement
+from mmfoundry.data.filters.subset import pairs_of
 from mmfoundry.data.reader import Pool
 from mmfoundry.data.sample import image_member, read_text
 from mmfoundry.data.table import first_samples
 
 SIDE = 96  # pixels, longer side of a thumbnail
+_CANDIDATES = {
+    "step": pl.Int32(),
+    "kept": pl.Boolean(),
+    "draw": pl.UInt64(),
+    "uid": pl.String(),
+    "key": pl.String(),
+    "shard": pl.UInt32(),
+    "index": pl.UInt32(),
+}
 _SCHEMA = {
     "filter": pl.String(),
     "kept": pl.Boolean(),
@@ -24,32 +39,59 @@ _SCHEMA = {
 }
 
 
-def examples_of(judgement: Judgement, pool: Pool, count: int, seed: int, limits: DecodeLimits) -> pl.DataFrame:
-    """Draw examples.
+def candidates_of(judgement: Judgement, count: int, seed: int) -> pl.DataFrame:
+    """Of one part, the samples that may be shown: for each step the `count` first of those kept, and of those dropped.
+
+    Returns:
+        "step" (its number), "kept" (whether the sample passed it), "draw" (the smallest first), "uid", "key", "shard"
+        and "index".
+    """
+    steps = len(judgement.names)
+    found = [pl.DataFrame(schema=_CANDIDATES)]
+    if count:
+        samples = judgement.samples.with_columns(step=pl.col("step").fill_null(steps))
+        for number in range(steps):
+            for kept in (True, False):
+                these = samples.filter(pl.col("step") > number if kept else pl.col("step") == number)
+                draws = _draws(these["uid"], seed, number)
+                first = np.argsort(draws, kind="stable")[:count]
+                rows = these[first].select("uid", "key", "shard", "index").with_columns(
+                    step=pl.lit(number, pl.Int32), kept=pl.lit(kept), draw=pl.Series(draws[first], dtype=pl.UInt64)
+                )
+                found.append(rows.select(list(_CANDIDATES)))
+    return pl.concat(found)
+
+
+def _draws(uids: pl.Series, seed: int, step: int) -> np.ndarray:
+    """uint64, one a uid, the same for the same uid, seed and step."""
+    salt = int.from_bytes(hashlib.blake2b(f"examples {seed} {step}".encode(), digest_size=8).digest(), "little")
+    mixed = pairs_of(uids)["f1"] ^ np.uint64(salt)
+    # the finaliser of MurmurHash3 (Appleby, public domain): neighbours in, strangers out
+    for factor in (0xFF51AFD7ED558CCD, 0xC4CEB9FE1A85EC53):
+        mixed ^= mixed >> np.uint64(33)
+        mixed *= np.uint64(factor)
+    return np.asarray(mixed ^ (mixed >> np.uint64(33)))
+
+
+def examples_of(candidates: pl.DataFrame, names: list[str], pool: Pool, count: int, limits: DecodeLimits) -> pl.DataFrame:
+    """Read the pictures that are shown.
 
     Args:
-        judgement: what each step did.
+        candidates: of all parts.
+        names: of the steps.
         pool: where the pictures are.
         count: examples of each sort a step, at most.
-        seed: of the draw.
         limits: what an image may weigh.
     Returns:
         "filter" (name of the step), "kept" (whether the sample passed it), "uid", "key", "captions" (all that the
         sample had), "unreadable" (null, or why there is no picture) and "png" (null without picture), by step.
     """
-    order = {name: number for number, name in enumerate(judgement.names)}
-    last = len(order)
-    samples = judgement.samples.with_columns(
-        step=pl.col("reason").replace_strict(order, default=last, return_dtype=pl.UInt32)
-    )
     starts = first_samples(pool)
     rows = []
-    for number, name in enumerate(judgement.names):
+    for number, name in enumerate(names):
         for kept in (True, False):
-            these = samples.filter(pl.col("step") > number if kept else pl.col("step") == number)
-            rng = np.random.default_rng([seed, number, kept])
-            chosen = np.sort(rng.permutation(these.height)[:count])
-            for row in these[chosen].iter_rows(named=True):
+            these = candidates.filter((pl.col("step") == number) & (pl.col("kept") == kept))
+            for row in these.sort("draw", "uid", "shard", "index").head(count).sort("shard", "index").iter_rows(named=True):
                 shown = _shown(pool, starts[row["shard"]] + row["index"], limits)
                 rows.append({"filter": name, "kept": kept, "uid": row["uid"], "key": row["key"]} | shown)
     return pl.DataFrame(rows, schema=_SCHEMA, orient="row")

@@ -9,7 +9,7 @@ import numpy as np
 import polars as pl
 import pytest
 
-from mmfoundry.data import table as tables
+from mmfoundry.data import filter_jobs
 from mmfoundry.data.filters.subset import read_subset
 from mmfoundry.data.index import drop_index, open_index
 from mmfoundry.data.reader import Pool
@@ -79,7 +79,7 @@ def test_sample_pool_is_cleaned(sample_run: Artifact) -> None:
 
 def test_every_output_tells_the_same(sample_run: Artifact) -> None:
     kept = pl.read_parquet(sample_run.path / "kept" / "*.parquet")
-    dropped = pl.read_parquet(sample_run.path / "dropped.parquet")
+    dropped = pl.read_parquet(sample_run.path / "dropped" / "*.parquet")
     table = pl.read_parquet(sample_run.path / "table" / "*.parquet")
     uids = set(kept["uid"])
     assert not uids & set(dropped["uid"])
@@ -112,7 +112,7 @@ def test_curated_samples_have_their_own_bytes(sample_run: Artifact) -> None:
 
 def test_examples_are_pictures_of_what_each_step_did(sample_run: Artifact) -> None:
     examples = pl.read_parquet(sample_run.path / "examples.parquet")
-    dropped = dict(pl.read_parquet(sample_run.path / "dropped.parquet").select("uid", "reason").iter_rows())
+    dropped = dict(pl.read_parquet(sample_run.path / "dropped" / "*.parquet").select("uid", "reason").iter_rows())
     assert examples.height > 100
     for row in examples.iter_rows(named=True):
         assert (row["png"] is None) == (row["unreadable"] is not None)
@@ -144,18 +144,17 @@ def test_no_filter_reads_truth(sample_run: Artifact, tmp_path: Path) -> None:
 def test_a_cut_off_run_goes_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     pool = make_pool(tmp_path / "pool", 40)
     whole = run(pool, tmp_path / "whole")
-    real, read = tables.describe_shard, []
+    real, read = filter_jobs.describe_shard, []
 
-    def dies_at_the_third(request: Any, number: int, shard: Path) -> None:
+    def dies_at_the_third(request: Any, number: int, shard: Path) -> Any:
         if number == 2:
             raise KeyboardInterrupt
-        real(request, number, shard)
+        return real(request, number, shard)
 
-    monkeypatch.setattr(tables, "describe_shard", dies_at_the_third)
+    monkeypatch.setattr(filter_jobs, "describe_shard", dies_at_the_third)
     with pytest.raises(KeyboardInterrupt):
         run(pool, tmp_path / "cut")
-    assert len(list((work_folder(tmp_path / "cut") / "table").iterdir())) == 2
-    monkeypatch.setattr(tables, "describe_shard", lambda r, n, s: (read.append(n), real(r, n, s)))
+    monkeypatch.setattr(filter_jobs, "describe_shard", lambda r, n, s: (read.append(n), real(r, n, s))[1])
     resumed = run(pool, tmp_path / "cut")
     assert read == [2, 3]
     assert payload(resumed) == payload(whole)
@@ -274,8 +273,8 @@ def test_a_truncated_shard_is_counted_and_capped(tmp_path: Path) -> None:
 def test_too_many_unreadable_stops_early_and_counts(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     bad = [sample | {"png": sample["png"][:-80]} if n % 2 else sample for n, sample in enumerate(samples(40))]
     write_shards(bad, tmp_path / "pool", max_count=10)
-    real, read = tables.describe_shard, []
-    monkeypatch.setattr(tables, "describe_shard", lambda r, n, s: (read.append(n), real(r, n, s)))
+    real, read = filter_jobs.describe_shard, []
+    monkeypatch.setattr(filter_jobs, "describe_shard", lambda r, n, s: (read.append(n), real(r, n, s))[1])
     says = r"10 of 40 .*10 x damaged image; for one, 000011 in shard-00001\.tar.*20\.00%"
     with pytest.raises(TooManyUnreadable, match=says):
         run(tmp_path / "pool", tmp_path / "out", max_unreadable=0.2)
@@ -294,7 +293,7 @@ def test_a_repeated_uid_is_one_sample(tmp_path: Path) -> None:
     write_shards(pairs, tmp_path / "pool", max_count=4)
     made = run(tmp_path / "pool", tmp_path / "out")
     assert made.manifest.metrics["kept"] == 3
-    assert pl.read_parquet(made.path / "dropped.parquet")["reason"].to_list() == ["unique_uid"] * 3
+    assert pl.read_parquet(made.path / "dropped" / "*.parquet")["reason"].to_list() == ["unique_uid"] * 3
 
 
 def test_captions_that_fail_are_cut_from_samples_that_stay(tmp_path: Path) -> None:

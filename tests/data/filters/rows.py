@@ -14,7 +14,8 @@ def table(*rows: dict[str, Any]) -> pl.DataFrame:
         for number, row in enumerate(rows)
     ]
     names = {name for row in filled for name in row if name.startswith("json.")}
-    return pl.DataFrame(filled, schema=schema(frozenset(COLUMNS) | names), orient="row")
+    types = {name: column.dtype for name, column in COLUMNS.items()}
+    return pl.DataFrame(filled, schema=types | schema(frozenset(COLUMNS) | names), orient="row")
 
 
 def uid(number: int) -> str:

@@ -1,0 +1,296 @@
+"""The jobs of a filter run: one part of the pool each, done by any process that sees the cache and the pool.
+
+Each job leaves its result in files and hands back a few plain values. A job whose files are there already does nothing.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import lru_cache
+from pathlib import Path
+
+import numpy as np
+import polars as pl
+
+from mmfoundry.data.derived.base import DERIVATIONS, sources_of
+from mmfoundry.data.filters.account import IDENTITY_READ, Account, Judgement, account_of, judgement_of
+from mmfoundry.data.filters.base import Filter, PoolFilter
+from mmfoundry.data.filters.examples import candidates_of
+from mmfoundry.data.filters.passes import Standing, columns_of, take_turns
+from mmfoundry.data.filters.plan import Plan, Step, Turn, plan_of
+from mmfoundry.data.filters.subset import to_subset
+from mmfoundry.data.parts import Part
+from mmfoundry.data.shard_names import Shard
+from mmfoundry.data.table import Request, describe_shard, write_parquet
+from mmfoundry.data.table_cache import TableCache
+
+
+@dataclass(frozen=True)
+class DescribeJob:
+    """Make the table of one tar shard.
+
+    Attributes:
+        name: of the shard, for errors.
+        number: of the shard in the pool.
+        table, truth: places in the cache.
+    """
+
+    name: str
+    number: int
+    shard: Shard
+    request: Request
+    cache: TableCache
+    table: Path
+    truth: Path
+
+
+def describe(job: DescribeJob) -> tuple[Counter[str], str]:
+    """Returns how many samples cannot be read, by reason, and the key of one of them ("" if there is none)."""
+    table = job.cache.get(job.table)
+    if table is None:
+        table, truth = describe_shard(job.request, job.number, job.shard)
+        job.cache.put(job.truth, truth)
+        job.cache.put(job.table, table)  # last: where it is, the shard is done
+    bad = table.select("index", "key", "unreadable").drop_nulls().unique("index", maintain_order=True)
+    return Counter(bad["unreadable"].to_list()), str(bad["key"][0]) if bad.height else ""
+
+
+@dataclass(frozen=True)
+class Judging:
+    """What all jobs of one run share.
+
+    Attributes:
+        steps: names and filters, in sequence.
+        alone: whether each is judged by itself as well.
+        pool: digest of the pool and of how its columns are made.
+        cache: where partials, states and verdicts lie.
+    """
+
+    steps: tuple[Step, ...]
+    alone: bool
+    pool: str
+    cache: TableCache
+
+    def plan(self) -> Plan:
+        """What there is to do."""
+        return plan_of(self.steps, self.alone)
+
+    def key(self) -> str:
+        """What all verdicts depend on besides the part."""
+        plan = self.plan()
+        said = "\n".join([self.pool, str(self.alone), *(plan.key(n, self.pool) for n in range(len(plan.operations)))])
+        return hashlib.sha256(said.encode()).hexdigest()[:32]
+
+    def verdicts_path(self, number: int, part: Part) -> Path:
+        """What pass `number` found of a part: verdicts as "v0", "v1" ... by operation, and derived columns."""
+        return self.cache.path("verdicts", f"{self.key()}-{number}", part.identity)
+
+    def partial_path(self, plan: Plan, turn: Turn, part: Part) -> Path:
+        """A part's partial of one round."""
+        return self.cache.path("partial", f"{plan.key(turn.operation, self.pool)}-{turn.round}", part.identity)
+
+    def state_path(self, plan: Plan, turn: Turn) -> Path:
+        """The state after a round."""
+        return self.cache.path("state", plan.key(turn.operation, self.pool), f"{turn.round}")
+
+
+@dataclass(frozen=True)
+class PassJob:
+    """Take the turns of one pass on one part."""
+
+    judging: Judging
+    number: int
+    part: Part
+
+    @property
+    def name(self) -> str:
+        """The file that the part is of."""
+        return self.part.name
+
+
+def take_pass(job: PassJob) -> None:
+    """Write the part's partials, verdicts and derived columns of the pass."""
+    judging, part, cache = job.judging, job.part, job.judging.cache
+    plan = judging.plan()
+    passes = plan.passes()
+    turns = [
+        turn
+        for turn in passes[job.number]
+        if turn.round is None or not cache.has(judging.partial_path(plan, turn, part))
+    ]
+    place = judging.verdicts_path(job.number, part)
+    judged = [turn for turn in turns if turn.round is None]
+    if (not judged or cache.has(place)) and len(judged) == len(turns):
+        return
+    if cache.has(place):
+        turns = [turn for turn in turns if turn.round is not None]
+    standing = standing_before(judging, plan, job.number, part)
+    states: dict[int, list[pl.DataFrame]] = {}
+    for turn in turns:
+        operation = plan.operations[turn.operation]
+        rounds = [Turn(turn.operation, number) for number in range(operation.num_rounds)]
+        states[turn.operation] = [_state(judging.state_path(plan, each)) for each in rounds[: turn.round]]
+        if turn.round is None:
+            paths = [judging.partial_path(plan, each, part) for each in rounds]
+            standing.partials[turn.operation] = [_whole(cache, path) for path in paths]
+        for name in [name for name, maker in DERIVATIONS.items() if maker.dear and operation.filter.columns() & set(maker.makes)]:
+            key = plan.reach_key(turn.operation, judging.pool)
+            known = cache.get(cache.path("derived", f"{name}-{key}", part.identity))
+            if known is not None:
+                standing.derived[name, key] = known
+    found_before = set(standing.derived)
+    table = part.read(columns_of(plan, turns))
+    take_turns(plan, turns, table, standing, states, lambda number: plan.reach_key(number, judging.pool))
+    for turn in turns:
+        if turn.round is not None:
+            cache.put(judging.partial_path(plan, turn, part), standing.partials[turn.operation][-1])
+    for (name, key), values in standing.derived.items():
+        if DERIVATIONS[name].dear and (name, key) not in found_before:
+            cache.put(cache.path("derived", f"{name}-{key}", part.identity), values)
+    if any(turn.round is None for turn in turns):
+        cache.put(place, _found(plan, turns, standing, table.height, judging.pool))
+
+
+def _found(plan: Plan, turns: Sequence[Turn], standing: Standing, height: int, pool: str) -> pl.DataFrame:
+    """Verdicts, and the derived columns of all rows that were reached (null elsewhere)."""
+    columns: dict[str, pl.Series] = {}
+    for turn in turns:
+        if turn.round is not None:
+            continue
+        columns[f"v{turn.operation}"] = standing.verdicts[turn.operation]
+        reached = standing.reached(plan, turn.operation)
+        key = plan.reach_key(turn.operation, pool)
+        for (_, rows_key), values in standing.derived.items():
+            for series in values if rows_key == key else []:
+                if reached is not None:
+                    empty = pl.Series([None], dtype=series.dtype).new_from_index(0, height)
+                    series = empty.scatter(reached.arg_true(), series)
+                columns.setdefault(series.name, series)
+                columns[series.name] = pl.select(pl.coalesce(columns[series.name], series)).to_series().rename(series.name)
+    return pl.DataFrame(columns)
+
+
+def standing_before(judging: Judging, plan: Plan, number: int, part: Part) -> Standing:
+    """The verdicts that passes before `number` left."""
+    standing = Standing()
+    for earlier, turns in enumerate(plan.passes()[:number]):
+        if any(turn.round is None for turn in turns):
+            for series in _whole(judging.cache, judging.verdicts_path(earlier, part)):
+                if series.name in (names := {f"v{turn.operation}": turn.operation for turn in turns}):
+                    standing.verdicts[names[series.name]] = series
+    return standing
+
+
+@dataclass(frozen=True)
+class MergeJob:
+    """Make one state of all parts' partials."""
+
+    judging: Judging
+    turn: Turn
+    parts: tuple[Part, ...]
+
+    @property
+    def name(self) -> str:
+        """The filter."""
+        plan = self.judging.plan()
+        return f"the merge of {type(plan.operations[self.turn.operation].filter).__name__}"
+
+
+def merge(job: MergeJob) -> None:
+    """Write the state after a round."""
+    judging, cache = job.judging, job.judging.cache
+    plan = judging.plan()
+    place = judging.state_path(plan, job.turn)
+    if cache.has(place):
+        return
+    one: Filter = plan.operations[job.turn.operation].filter
+    assert isinstance(one, PoolFilter) and job.turn.round is not None
+    earlier = [_state(judging.state_path(plan, Turn(job.turn.operation, number))) for number in range(job.turn.round)]
+    partials = [pl.scan_parquet(judging.partial_path(plan, job.turn, part), glob=False) for part in job.parts]
+    cache.put(place, one.merge(partials, earlier))
+
+
+@dataclass(frozen=True)
+class AccountJob:
+    """Count what became of one part, and write its kept and dropped rows.
+
+    Attributes:
+        outputs: the folder for `kept/` and `dropped/`.
+        columns: written of kept pairs, besides those of identity.
+        examples: candidates for pictures a step.
+        with_judgement: whether truth is to be told; then the whole judgement comes back.
+    """
+
+    judging: Judging
+    part: Part
+    outputs: Path
+    columns: tuple[str, ...]
+    examples: int
+    seed: int
+    with_judgement: bool
+
+    @property
+    def name(self) -> str:
+        """The file that the part is of."""
+        return self.part.name
+
+
+@dataclass(frozen=True)
+class Counted:
+    """What an `AccountJob` hands back; `subset` are the kept uids as in `subset.npy`."""
+
+    account: Account
+    subset: np.ndarray
+    candidates: pl.DataFrame
+    judgement: Judgement | None
+
+
+def count(job: AccountJob) -> Counted:
+    """Write `kept/NNNNN.parquet` and `dropped/NNNNN.parquet` of a part, and count it."""
+    judging, part = job.judging, job.part
+    plan = judging.plan()
+    standing = standing_before(judging, plan, len(plan.passes()), part)
+    asked = {name for name in job.columns if name not in IDENTITY_READ}
+    table = part.read(sources_of(asked) | set(IDENTITY_READ) | {"caption"})
+    judgement = judgement_of(plan, table, standing)
+    rows = table.with_columns(_derived_columns(judging, plan, part, asked)).filter(judgement.pairs["keep"])
+    named = pl.lit(part.name).alias("shard")
+    order = [*IDENTITY_READ[:5], "caption", *sorted(asked & set(rows.columns))]
+    write_parquet(rows.select(order).with_columns(named), job.outputs / "kept" / f"{part.number:05d}.parquet")
+    names = pl.Series([name for name, _ in plan.steps], dtype=pl.String)
+    dropped = judgement.samples.filter(~pl.col("kept")).select(
+        "uid", "key", named, "index", pl.lit(names).gather(pl.col("step")).alias("reason"), "unreadable"
+    )
+    write_parquet(dropped, job.outputs / "dropped" / f"{part.number:05d}.parquet")
+    return Counted(
+        account_of(judgement),
+        to_subset(judgement.samples.filter("kept")["uid"]),
+        candidates_of(judgement, job.examples, job.seed),
+        judgement if job.with_judgement else None,
+    )
+
+
+def _derived_columns(judging: Judging, plan: Plan, part: Part, asked: set[str]) -> list[pl.Series]:
+    """The derived columns that passes left, for the rows that they looked at."""
+    found: dict[str, list[pl.Series]] = {}
+    for number, turns in enumerate(plan.passes()):
+        if any(turn.round is None for turn in turns):
+            for series in _whole(judging.cache, judging.verdicts_path(number, part)):
+                if series.name in asked:
+                    found.setdefault(series.name, []).append(series)
+    return [pl.select(pl.coalesce(several)).to_series().rename(name) for name, several in found.items()]
+
+
+def _whole(cache: TableCache, path: Path) -> pl.DataFrame:
+    table = cache.get(path)
+    if table is None:
+        raise FileNotFoundError(f"{path}: not there, or altered, while the run that wrote it goes on")
+    return table
+
+
+@lru_cache(maxsize=4)
+def _state(path: Path) -> pl.DataFrame:
+    return pl.read_parquet(path)

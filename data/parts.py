@@ -1,0 +1,231 @@
+"""The parts of a pool, as filters look at it: tar shards with their tables, or DataComp's metadata files.
+
+DataComp's metadata (Gadre et al. 2023, arXiv 2304.14108, appendix) is parquet with `uid`, `url`, `text`,
+`original_width`, `original_height`, `clip_b32_similarity_score`, `clip_l14_similarity_score`, `face_bboxes` and
+`sha256`, and beside each file an npz of the same name with the embeddings `b32_img`, `b32_txt`, `l14_img` and `l14_txt`.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import zipfile
+from abc import ABC, abstractmethod
+from collections.abc import Collection, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import polars as pl
+
+from mmfoundry.data.columns import IDENTITY, JSON_PREFIX, column_named
+from mmfoundry.pipeline.errors import DamagedInput, MissingInput, UnknownColumn
+
+MAX_ROWS = 200_000  # of a metadata file that are one part, so that no worker holds more at once
+_RENAMED = {"caption": "text", "width": "original_width", "height": "original_height"}
+EMBEDDINGS = ("b32_img", "b32_txt", "l14_img", "l14_txt")
+
+
+class Part(ABC):
+    """Some rows of a pool; sent to worker processes."""
+
+    number: int
+    name: str  # the file that it is of, for people and outputs
+    identity: str  # what its content depends on, as hex digits: equal identities, equal rows
+
+    @abstractmethod
+    def read(self, columns: Collection[str]) -> pl.DataFrame:
+        """The rows with these columns, none of them derived; `shard` is the part's number.
+
+        Raises:
+            DamagedInput: the file cannot be read; named.
+        """
+
+
+@dataclass(frozen=True)
+class TablePart(Part):
+    """A tar shard whose table, and the tables of models' columns, were made before.
+
+    Attributes:
+        tables: parquet files of the same rows, each with columns of its own.
+    """
+
+    number: int
+    name: str
+    identity: str
+    tables: tuple[Path, ...]
+
+    def read(self, columns: Collection[str]) -> pl.DataFrame:
+        """As `Part.read`."""
+        found: list[pl.Series] = []
+        left = set(columns) - {"shard"}
+        for path in self.tables:
+            here = [name for name in pl.read_parquet_schema(path) if name in left]
+            if here:
+                found += pl.read_parquet(path, columns=here).get_columns()
+            left -= set(here)
+        if left:
+            raise UnknownColumn(f"{self.name}: no column {', '.join(sorted(left))}")
+        return _with_number(pl.DataFrame(found), self.number, columns)
+
+
+@dataclass(frozen=True)
+class MetadataPart(Part):
+    """Rows `start` to `start + count` of a metadata file.
+
+    `uid` is put into lower case; a row whose uid is not 32 hex digits is unreadable. `caption` is `text` as it is.
+    """
+
+    number: int
+    name: str
+    identity: str
+    path: Path
+    start: int
+    count: int
+
+    def read(self, columns: Collection[str]) -> pl.DataFrame:
+        """As `Part.read`."""
+        known = pl.read_parquet_schema(self.path)
+        embeddings = [name for name in columns if name in EMBEDDINGS and name not in known]
+        wanted = [self._expression(name, known) for name in sorted(columns) if name not in ("shard", *embeddings)]
+        try:
+            scan = pl.scan_parquet(self.path, glob=False).slice(self.start, self.count)
+            table = scan.with_row_index("__row", self.start).select(*wanted, "__row").collect()
+        except (pl.exceptions.PolarsError, OSError) as error:
+            raise DamagedInput(f"{self.path}: cannot be read ({_first_line(error)})") from error
+        if table.height != self.count:
+            raise DamagedInput(f"{self.path}: has changed since the run began")
+        for name in embeddings:
+            rows = npz_rows(self.path.with_suffix(".npz"), name, self.start, self.count)
+            table = table.with_columns(pl.Series(name, rows.astype(np.float32, copy=False)).cast(pl.List(pl.Float32)))
+        return _with_number(table.drop("__row"), self.number, columns)
+
+    def _expression(self, name: str, known: Collection[str]) -> pl.Expr:
+        """How a column of ours is had from the file's."""
+        row = pl.col("__row").cast(pl.UInt32)
+        uid = pl.col("uid").cast(pl.String).str.to_lowercase()
+        is_uid = uid.str.contains(r"^[0-9a-f]{32}$").fill_null(False)
+        match name:
+            case "uid":
+                made = pl.lit("row:") + row.cast(pl.String) + pl.lit(f":{self.identity}")
+                return pl.when(is_uid).then(uid).otherwise(made).alias(name)
+            case "unreadable":
+                reason = pl.when(~is_uid).then(pl.lit("uid is not 32 hex digits"))
+                return reason.alias(name)
+            case "index":
+                return row.alias(name)
+            case "caption_index":
+                return pl.when(pl.col("text").is_not_null()).then(pl.lit(0, pl.UInt32)).alias(name)
+            case "key":
+                return (pl.col("key") if "key" in known else uid).cast(pl.String).alias(name)
+            case "width" | "height":
+                return pl.col(_RENAMED[name]).cast(pl.UInt32, strict=False).alias(name)
+            case "aspect":
+                sides = [pl.col(_RENAMED[side]).cast(pl.Float64, strict=False) for side in ("width", "height")]
+                known_size = (sides[0] > 0) & (sides[1] > 0)
+                return pl.when(known_size).then(pl.max_horizontal(sides) / pl.min_horizontal(sides)).alias(name)
+            case "caption":
+                return pl.col("text").cast(pl.String).alias(name)
+            case "sha256":
+                return pl.col("sha256").str.decode("hex", strict=False).alias(name)
+        if name.startswith(JSON_PREFIX):
+            return pl.col(name.removeprefix(JSON_PREFIX)).cast(pl.String, strict=False).alias(name)
+        return pl.col(name)
+
+
+def metadata_files(pool: Path) -> list[Path]:
+    """The metadata files of a pool: a parquet file, a folder of them, or a folder with such a folder `metadata`.
+
+    Returns:
+        Sorted; empty where the pool is one of tars.
+    """
+    if pool.is_file():
+        return [pool] if pool.suffix == ".parquet" else []
+    if not pool.is_dir():
+        return []
+    folder = pool / "metadata" if (pool / "metadata").is_dir() else pool
+    if folder == pool and any(pool.glob("*.tar")):
+        return []  # img2dataset lays a parquet file beside each tar; the tar says the same
+    return sorted(path for path in folder.glob("*.parquet") if not path.name.startswith("."))
+
+
+def metadata_parts(files: Sequence[Path], columns: Collection[str]) -> tuple[list[Part], dict[Path, str]]:
+    """Cut metadata files into parts.
+
+    Args:
+        files: from `metadata_files`.
+        columns: those that will be read, none of them derived.
+    Returns:
+        The parts, and why files were left out that cannot be read at all.
+    Raises:
+        UnknownColumn: a file lacks a column; named, before anything is read.
+        MissingInput: no file can be read, or none has a row.
+    """
+    parts: list[Part] = []
+    damaged: dict[Path, str] = {}
+    for path in files:
+        try:
+            known = pl.read_parquet_schema(path)
+            rows = int(pl.scan_parquet(path, glob=False).select(pl.len()).collect().item())
+        except (pl.exceptions.PolarsError, OSError) as error:
+            damaged[path] = _first_line(error)
+            continue
+        _require(path, known, columns)
+        state = path.stat()
+        for start in range(0, rows, MAX_ROWS):
+            said = f"{path.name}:{state.st_size}:{state.st_mtime_ns}:{start}"
+            identity = hashlib.sha256(said.encode()).hexdigest()[:32]
+            parts.append(MetadataPart(len(parts), path.name, identity, path, start, min(MAX_ROWS, rows - start)))
+    if not parts:
+        why = f" ({next(iter(damaged.values()))})" if damaged else ""
+        raise MissingInput(f"{files[0].parent}: no row in its {len(files)} parquet files{why}")
+    return parts, damaged
+
+
+def _require(path: Path, known: Collection[str], columns: Collection[str]) -> None:
+    for name in sorted({"uid", "text", *columns} - {"caption", *set(IDENTITY) - {"uid"}}):
+        source = name.removeprefix(JSON_PREFIX)
+        needed = {"aspect": ["original_width", "original_height"]}.get(name, [_RENAMED.get(name, source)])
+        missing = [each for each in needed if each not in known]
+        if not missing:
+            continue
+        if name in EMBEDDINGS:
+            npz = path.with_suffix(".npz")
+            if not npz.is_file():
+                raise UnknownColumn(f"{path}: a filter reads {name}, and there is no {npz.name} beside it")
+            continue
+        column = column_named(name)
+        where = "has to be computed from images, which a pool of metadata has none of" if (
+            column is not None and column.needs in ("bytes", "pixels", "model", "header")
+        ) else "is not there"
+        raise UnknownColumn(f"{path}: a filter reads {', '.join(missing)}, which {where}")
+
+
+def npz_rows(path: Path, name: str, start: int, count: int) -> np.ndarray:
+    """Some rows of an array in an npz file, without reading the others into memory.
+
+    Raises:
+        DamagedInput: no such array, or not such a file; arrays of objects are refused.
+    """
+    try:
+        with zipfile.ZipFile(path) as archive, archive.open(f"{name}.npy") as file:
+            version = np.lib.format.read_magic(file)
+            read_header = np.lib.format.read_array_header_1_0 if version == (1, 0) else np.lib.format.read_array_header_2_0
+            shape, fortran, dtype = read_header(file)
+            if dtype.hasobject or fortran or len(shape) != 2 or start + count > shape[0]:
+                raise DamagedInput(f"{path}: {name} is {dtype} {shape}; one row of numbers is needed for each of the file's")
+            row_bytes = dtype.itemsize * shape[1]
+            file.seek(start * row_bytes, 1)
+            data = file.read(count * row_bytes)
+    except (OSError, KeyError, ValueError, zipfile.BadZipFile) as error:
+        raise DamagedInput(f"{path}: {name} cannot be read ({_first_line(error)})") from error
+    if len(data) != count * row_bytes:
+        raise DamagedInput(f"{path}: {name} is cut off")
+    return np.frombuffer(data, dtype).reshape(count, shape[1])
+
+
+def _with_number(table: pl.DataFrame, number: int, columns: Collection[str]) -> pl.DataFrame:
+    return table.with_columns(shard=pl.lit(number, pl.UInt32)) if "shard" in columns else table
+
+
+def _first_line(error: BaseException) -> str:
+    return next(iter(str(error).splitlines()), "") or type(error).__name__

@@ -1,0 +1,216 @@
+"""The work of the `filter` stage on the parts of a pool: tables of shards, then pass after pass, then the account."""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import hashlib
+import math
+import os
+from collections import Counter
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TypeVar
+
+import polars as pl
+
+from mmfoundry.data.executors import Executor, make_executor
+from mmfoundry.data.filter_jobs import (
+    AccountJob,
+    Counted,
+    DescribeJob,
+    Judging,
+    MergeJob,
+    PassJob,
+    count,
+    describe,
+    merge,
+    take_pass,
+)
+from mmfoundry.data.index import ShardIndex
+from mmfoundry.data.parts import Part, TablePart
+from mmfoundry.data.reader import Pool
+from mmfoundry.data.shard_names import shown
+from mmfoundry.data.table import Request
+from mmfoundry.data.table_cache import TableCache
+from mmfoundry.pipeline.distributed import barrier
+from mmfoundry.pipeline.errors import TooManyUnreadable
+from mmfoundry.pipeline.stage import RunContext
+
+J = TypeVar("J")
+R = TypeVar("R")
+_SMALL_POOL = 5000  # samples; below it, starting processes takes longer than the work
+
+
+@dataclass(frozen=True)
+class Workers:
+    """Who does the jobs of one rank.
+
+    Attributes:
+        context: of the run; the ranks share out the jobs.
+        executor: does this rank's.
+    """
+
+    context: RunContext
+    executor: Executor
+
+    def map(self, task: Callable[[J], R], jobs: Sequence[J], done: Callable[[int, R], None] | None = None) -> None:
+        """Do this rank's share of jobs, and wait for the others; `done` is called with number and result of its own."""
+        runtime = self.context.runtime
+        mine = range(runtime.rank, len(jobs), runtime.world_size)
+        finished = done or (lambda number, result: None)
+        self.executor.map(task, [jobs[n] for n in mine], lambda place, result: finished(mine[place], result))
+        barrier(runtime.group)
+
+
+@contextlib.contextmanager
+def workers_for(
+    context: RunContext, kind: str, num_workers: int | None, address: str | None, samples: int
+) -> Iterator[Workers]:
+    """Start those who do the jobs.
+
+    Args:
+        context: of the run.
+        kind: "local" or "ray".
+        num_workers: at a time on this rank; None takes one a core, or this process alone for a small pool.
+        address: of a Ray cluster.
+        samples: of the pool.
+    """
+    if num_workers is None and kind == "local":
+        num_workers = 1 if samples < _SMALL_POOL else os.cpu_count() or 1
+    with make_executor(kind, num_workers, address) as executor:  # type: ignore[arg-type]
+        yield Workers(context, executor)
+
+
+@dataclass
+class Unreadable:
+    """What cannot be read of a pool, and the limit on it.
+
+    Attributes:
+        pool: what the config calls it.
+        total: samples of the pool, the lost ones with them.
+        limit: fraction past which the run stops.
+        found: by reason.
+        example: where one of them is.
+    """
+
+    pool: str
+    total: int
+    limit: float
+    found: Counter[str] = field(default_factory=Counter)
+    example: str = ""
+
+    def add(self, counts: Counter[str], example: str = "") -> None:
+        """Count more.
+
+        Raises:
+            TooManyUnreadable: past the limit.
+        """
+        self.found.update(counts)
+        self.example = self.example or example
+        if self.found.total() > self.limit * self.total:
+            said = ", ".join(f"{count} x {reason}" for reason, count in self.found.most_common())
+            one = f"; for one, {self.example}" if self.example else ""
+            raise TooManyUnreadable(
+                f"{self.pool}: {self.found.total()} of {self.total} samples cannot be read ({said}{one}); "
+                f"max_unreadable allows {self.limit:.2%}: repair the pool or raise it"
+            )
+
+
+def describe_shards(
+    pool: Pool, request: Request, cache: TableCache, workers: Workers, unreadable: Unreadable
+) -> list[TablePart]:
+    """The parts of a pool of tars; a shard whose table is in the cache is not read again.
+
+    Raises:
+        TooManyUnreadable: past the limit, as soon as that is certain.
+    """
+    key = _digest("table", sorted(request.columns), dataclasses.astuple(request.limits))
+    jobs = []
+    for number, index in enumerate(pool.indexes):
+        identity = _identity(index)
+        table, truth = (cache.path(kind, key, identity) for kind in ("table", "truth"))
+        jobs.append(DescribeJob(index.shard.name, number, index.shard, request, cache, table, truth))
+    context = workers.context
+    total = sum(len(index) for index in pool.indexes[context.runtime.rank :: context.runtime.world_size])
+    counted = set()
+    with context.progress(total, "filter: looking at samples") as bar:
+
+        def done(number: int, result: tuple[Counter[str], str]) -> None:
+            counted.add(number)
+            bar.advance(len(pool.indexes[number]))
+            unreadable.add(result[0], f"{result[1]} in {jobs[number].name}" if result[1] else "")
+
+        workers.map(describe, jobs, done)
+    for number, job in enumerate(jobs):  # what other ranks found counts as well
+        if number not in counted:
+            found, example = describe(job)
+            unreadable.add(found, f"{example} in {job.name}" if example else "")
+    return [TablePart(job.number, job.name, _digest(key, job.table.stem), (job.table,)) for job in jobs]
+
+
+def truth_of_pool(parts: Sequence[TablePart]) -> pl.DataFrame:
+    """What the pool's samples say about themselves under `truth`."""
+    return pl.concat([pl.read_parquet(_truth_path(part.tables[0])) for part in parts])
+
+
+def _truth_path(table: Path) -> Path:
+    return table.parents[2] / "truth" / table.parent.name / table.name
+
+
+def _identity(index: ShardIndex) -> str:
+    """Tells a shard by its name, size, and time or version; not by its folder."""
+    shard = index.shard
+    version = shard.stat().st_mtime_ns if isinstance(shard, Path) else f"{shown(shard)} {index.identity}"
+    return _digest(shard.name, index.shard_bytes, version)
+
+
+def _digest(*said: object) -> str:
+    return hashlib.sha256("\n".join(map(str, said)).encode()).hexdigest()[:32]
+
+
+def pool_digest(parts: Sequence[Part]) -> str:
+    """Tells a pool by its parts."""
+    return _digest(*(part.identity for part in parts))
+
+
+def run_passes(judging: Judging, parts: Sequence[Part], workers: Workers) -> None:
+    """Judge the parts, pass after pass."""
+    context = workers.context
+    passes = judging.plan().passes()
+    with context.progress(len(passes) * len(parts), "filter: judging", "parts") as bar:
+        for number, turns in enumerate(passes):
+            jobs = [PassJob(judging, number, part) for part in parts]
+            workers.map(take_pass, jobs, lambda place, result: bar.advance(context.runtime.world_size))
+            merges = [MergeJob(judging, turn, tuple(parts)) for turn in turns if turn.round is not None]
+            if context.runtime.is_main:
+                for job in merges:
+                    merge(job)
+            barrier(context.runtime.group)
+
+
+def count_parts(
+    judging: Judging, parts: Sequence[Part], columns: Sequence[str], examples: int, truth: bool, workers: Workers
+) -> list[Counted] | None:
+    """Write the kept and dropped rows of the parts and count them; on the main rank, what was counted, by part."""
+    context = workers.context
+    jobs = [
+        AccountJob(judging, part, context.work, tuple(columns), examples, context.config.seed, truth) for part in parts
+    ]
+    found: dict[int, Counted] = {}
+    if context.runtime.is_main:  # it needs all results, and they come back only to whoever asked for them
+        with context.progress(len(parts), "filter: writing tables", "parts") as bar:
+
+            def done(number: int, counted: Counted) -> None:
+                found[number] = counted
+                bar.advance()
+
+            workers.executor.map(count, jobs, done)
+    barrier(context.runtime.group)
+    return [found[number] for number in range(len(parts))] if context.runtime.is_main else None
+
+
+def mean_rows(rows: Sequence[int]) -> int:
+    """What a metadata file that cannot be read at all counts for: as many rows as the others have on average."""
+    return math.ceil(sum(rows) / max(len(rows), 1))
