@@ -1,157 +1,117 @@
-"""Duplicates: the same bytes, or pictures that look the same. Of each group the sample with the smallest uid stays.
+"""Duplicates by what is equal: one uid, or the same bytes.
 
-uids are hashes, so "smallest" is an arbitrary choice, but the same one whatever the order of the shards.
+Of equal bytes the sample with the smallest uid stays. uids are hashes, so "smallest" is an arbitrary choice, but the
+same one whatever the order of the shards.
 """
 
-from collections.abc import Iterator
-from typing import Literal
+from collections.abc import Sequence
 
 import numpy as np
 import polars as pl
-from pydantic import Field
 
-from mmfoundry.data.filters.base import FILTERS, Filter
+from mmfoundry.data.filters.base import FILTERS, PoolFilter
+from mmfoundry.data.uids import high_low
+
+_ROWS_A_TURN = 1 << 26  # of which marks are held in memory at once, 8 bytes each
 
 
 @FILTERS.register("exact_duplicate")
-class ExactDuplicate(Filter):
+class ExactDuplicate(PoolFilter):
     """Of samples whose images have the same bytes, the one with the smallest uid stays."""
-
-    @property
-    def scope(self) -> Literal["row", "pool"]:
-        """Samples are compared with each other."""
-        return "pool"
 
     def columns(self) -> frozenset[str]:
         """SHA-256 of the image's bytes."""
         return frozenset({"sha256"})
 
-    def keep(self, table: pl.DataFrame) -> pl.Series:
-        """True for the first of each group; null where there are no bytes."""
-        first = pl.col("uid") == pl.col("uid").min().over("sha256")
-        return table.select(keep=pl.when(pl.col("sha256").is_not_null()).then(first)).to_series()
+    def partial(self, table: pl.DataFrame, states: Sequence[pl.DataFrame]) -> pl.DataFrame:
+        """The hash and uid of each sample."""
+        return table.select(*high_low(), "sha256").drop_nulls().unique()
+
+    def merge(self, partials: Sequence[pl.LazyFrame], states: Sequence[pl.DataFrame]) -> pl.DataFrame:
+        """The smallest uid of each hash that several have."""
+        return repeated(partials, ["sha256"]).sort("high", "low").unique("sha256", keep="first").sort("high", "low")
+
+    def judge(self, table: pl.DataFrame, states: Sequence[pl.DataFrame], partials: Sequence[pl.DataFrame]) -> pl.Series:
+        """True for the smallest uid of a hash; null where there is no hash."""
+        first = states[0].rename({"high": "first_high", "low": "first_low"})
+        rows = table.select(*high_low(), "sha256").join(first, on="sha256", how="left", maintain_order="left")
+        is_first = (pl.col("first_high") == pl.col("high")) & (pl.col("first_low") == pl.col("low"))
+        known = pl.when(pl.col("sha256").is_not_null())
+        return rows.select(keep=known.then(is_first.fill_null(True))).to_series()
 
 
 @FILTERS.register("unique_uid")
-class UniqueUid(Filter):
-    """Of samples with one uid, the first in the pool stays: a uid names one sample."""
+class UniqueUid(PoolFilter):
+    """Of samples with one uid, the first in the pool stays: a uid names one sample.
 
-    @property
-    def scope(self) -> Literal["row", "pool"]:
-        """Samples are compared with each other."""
-        return "pool"
+    Its state says of each repeated uid how many `samples` have it and how many different `captions` (all of a sample's
+    together) they have: more than one is a conflict.
+    """
 
     def columns(self) -> frozenset[str]:
-        """Place in the pool."""
-        return frozenset({"shard", "index"})
+        """Place in the pool; captions, to tell repeats from conflicts."""
+        return frozenset({"shard", "index", "caption_index", "caption"})
 
-    def keep(self, table: pl.DataFrame) -> pl.Series:
+    def partial(self, table: pl.DataFrame, states: Sequence[pl.DataFrame]) -> pl.DataFrame:
+        """uid, place and captions of each sample, as numbers."""
+        # shifted, so that the sum over a sample's captions cannot run over
+        mark = pl.struct("caption_index", "caption").hash() // 2**20
+        rows = table.select(*high_low(), _place().alias("place"), mark=mark)
+        if not rows["place"].is_duplicated().any():
+            return rows
+        return rows.group_by("high", "low", "place").agg(pl.col("mark").sum())
+
+    def merge(self, partials: Sequence[pl.LazyFrame], states: Sequence[pl.DataFrame]) -> pl.DataFrame:
+        """The first place of each uid that several samples have."""
+        return (
+            repeated(partials, ["high", "low"])
+            .group_by("high", "low")
+            .agg(pl.col("place").min(), samples=pl.len(), captions=pl.col("mark").n_unique())
+            .sort("high", "low")
+        )
+
+    def judge(self, table: pl.DataFrame, states: Sequence[pl.DataFrame], partials: Sequence[pl.DataFrame]) -> pl.Series:
         """True for the rows of the first sample of each uid."""
-        place = pl.col("shard").cast(pl.UInt64) * 2**32 + pl.col("index")
-        return table.select(keep=place == place.min().over("uid")).to_series()
+        rows = table.select(*high_low(), here=_place())
+        rows = rows.join(states[0], on=["high", "low"], how="left", maintain_order="left")
+        return rows.select(keep=(pl.col("place") == pl.col("here")).fill_null(True)).to_series()
 
 
-@FILTERS.register("near_duplicate")
-class NearDuplicate(Filter):
-    """Of samples whose pictures look the same (perceptual hashes differ in few bits), the smallest uid stays.
+def repeated(partials: Sequence[pl.LazyFrame], key: Sequence[str]) -> pl.DataFrame:
+    """All rows of tables whose key comes more than once among them.
 
-    Samples are taken in the order of their uid; one is dropped if an earlier sample that stays is within `radius`. So
-    a chain of pictures that change step by step is thinned, not reduced to its first.
-    """
-
-    radius: int = Field(
-        28, ge=0, le=200, description="bits of 512 in which two hashes may differ and be called the same"
-    )
-
-    @property
-    def scope(self) -> Literal["row", "pool"]:
-        """Samples are compared with each other."""
-        return "pool"
-
-    def columns(self) -> frozenset[str]:
-        """The perceptual hash."""
-        return frozenset({"perceptual_hash"})
-
-    def keep(self, table: pl.DataFrame) -> pl.Series:
-        """True for samples that stay; null where there is no hash."""
-        samples = table.select("uid", "perceptual_hash").drop_nulls().unique("uid", keep="any").sort("uid")
-        stays = leaders(_as_array(samples["perceptual_hash"]), self.radius)
-        kept = samples["uid"].filter(pl.Series(stays))
-        is_kept = pl.col("uid").is_in(kept.implode())
-        return table.select(keep=pl.when(pl.col("perceptual_hash").is_not_null()).then(is_kept)).to_series()
-
-
-def leaders(hashes: np.ndarray, radius: int) -> np.ndarray:
-    """Which rows stay when each is dropped that is near an earlier one that stays.
+    Memory goes with the rows that are found, beside 8 bytes for each of at most 67 million rows.
 
     Args:
-        hashes: uint8 (n, bytes), in order of precedence.
-        radius: bits; at most this distance is near.
-    Returns:
-        bool (n,).
+        partials: tables with the columns of the key and others, each gone through at most twice a turn.
+        key: columns that must be equal.
     """
-    stays = np.zeros(len(hashes), bool)
-    if len(hashes):
-        # later rows of an equal hash are near their first one, or near what that one is near: they never stay
-        first = np.sort(np.unique(hashes, axis=0, return_index=True)[1])
-        stays[first] = _greedy(hashes[first], radius)
-    return stays
+    total = sum(partial.select(pl.len()).collect().item() for partial in partials)
+    turns = max(1, -(-total // _ROWS_A_TURN))
+    found = []
+    for turn in range(turns):
+        marks = [_marks(partial, key, turn, turns) for partial in partials]
+        ordered = np.sort(np.concatenate([mark for mark, _ in marks]))
+        again = np.unique(ordered[1:][ordered[1:] == ordered[:-1]])
+        if not len(again):
+            continue
+        for partial, (mark, rows) in zip(partials, marks, strict=True):
+            place = np.minimum(np.searchsorted(again, mark), len(again) - 1)
+            chosen = rows[again[place] == mark]
+            if len(chosen):
+                found.append(partial.collect()[chosen])
+    if not found:
+        return partials[0].head(0).collect()
+    return pl.concat(found).filter(pl.len().over(key) > 1)  # different keys may have one mark
 
 
-def _greedy(hashes: np.ndarray, radius: int) -> np.ndarray:
-    near: dict[int, list[int]] = {}
-    for later, earlier in near_pairs(hashes, radius):
-        near.setdefault(int(later), []).append(int(earlier))
-    stays = np.ones(len(hashes), bool)
-    for later in sorted(near):
-        stays[later] = not stays[near[later]].any()
-    return stays
+def _marks(partial: pl.LazyFrame, key: Sequence[str], turn: int, turns: int) -> tuple[np.ndarray, np.ndarray]:
+    """A number for each row's key, equal for equal keys, of this turn's rows; and which rows those are."""
+    mark = partial.select(key).collect().hash_rows().to_numpy()
+    rows = np.flatnonzero(mark % np.uint64(turns) == turn) if turns > 1 else np.arange(len(mark))
+    return mark[rows], rows
 
 
-def near_pairs(hashes: np.ndarray, radius: int) -> np.ndarray:
-    """All pairs of rows within `radius` bits of each other.
-
-    The bits are dealt out to radius + 1 bands; two hashes within the radius agree in at least one band (pigeonhole), so
-    only rows that share a band are compared.
-
-    Args:
-        hashes: uint8 (n, bytes).
-        radius: bits, less than a hash has.
-    Returns:
-        int64 (pairs, 2), later row before earlier row, sorted, without repeats.
-    """
-    bits = np.unpackbits(hashes, axis=1)
-    words = _as_words(hashes)
-    found = [np.empty((0, 2), np.int64)]
-    for band in range(radius + 1):
-        for rows, others in _sharing(np.packbits(bits[:, band :: radius + 1], axis=1)):
-            near = np.bitwise_count(words[rows] ^ words[others]).sum(axis=1) <= radius
-            found.append(np.stack([others[near], rows[near]], axis=1))
-    return np.unique(np.concatenate(found), axis=0)
-
-
-def _sharing(band: np.ndarray) -> Iterator[tuple[np.ndarray, np.ndarray]]:
-    """Pairs of rows of equal content, in arrays of at most n: row and later row."""
-    _, group = np.unique(band, axis=0, return_inverse=True)
-    order = np.argsort(group.reshape(-1), kind="stable")
-    group = group.reshape(-1)[order]
-    start, ahead = np.arange(len(order)), 1
-    while True:  # each turn pairs a row with the one `ahead` places on in its group; groups that end drop out
-        start = start[start + ahead < len(order)]
-        start = start[group[start] == group[start + ahead]]
-        if not len(start):
-            return
-        yield order[start], order[start + ahead]
-        ahead += 1
-
-
-def _as_words(hashes: np.ndarray) -> np.ndarray:
-    """uint8 (n, bytes) -> uint64 (n, words), padded with zeros."""
-    padded = np.pad(hashes, ((0, 0), (0, -hashes.shape[1] % 8)))
-    return np.ascontiguousarray(padded).view(np.uint64)
-
-
-def _as_array(hashes: pl.Series) -> np.ndarray:
-    """Binary series of one length -> uint8 (n, bytes)."""
-    values = hashes.to_list()
-    return np.frombuffer(b"".join(values), np.uint8).reshape(len(values), -1 if values else 1)
+def _place() -> pl.Expr:
+    """Where a sample is in the pool, as one number in the pool's order."""
+    return pl.col("shard").cast(pl.UInt64) * 2**32 + pl.col("index")

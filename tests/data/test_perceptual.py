@@ -9,7 +9,7 @@ import pytest
 from PIL import Image, ImageEnhance
 
 from mmfoundry.data.decode import UnreadableSample, decode_image
-from mmfoundry.data.filters.dedup import NearDuplicate
+from mmfoundry.data.filters.near_duplicate import NearDuplicate
 from mmfoundry.data.perceptual import HASH_BYTES, perceptual_hash
 from mmfoundry.data.reader import Pool
 from mmfoundry.data.sample import image_member

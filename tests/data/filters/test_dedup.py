@@ -1,11 +1,16 @@
-"""data/filters/dedup.py against pairwise comparison, in any order of the rows."""
+"""data/filters/dedup.py and near_duplicate.py against pairwise comparison, in any order of the rows."""
 
 import numpy as np
 import polars as pl
+import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from mmfoundry.data.filters.dedup import ExactDuplicate, NearDuplicate, UniqueUid, leaders, near_pairs
+from mmfoundry.data.filters import dedup
+from mmfoundry.data.filters.dedup import ExactDuplicate, UniqueUid
+from mmfoundry.data.filters.near_duplicate import NearDuplicate
+from mmfoundry.data.hamming import leaders, near_pairs
+from tests.data.filters.cutting import assert_cuts_do_not_matter, keep_in_parts
 from tests.data.filters.rows import table, uid
 
 
@@ -29,7 +34,7 @@ def clustered_hashes(draw: st.DrawFn) -> np.ndarray:
     return centres[rng.integers(0, 3, count)] ^ np.packbits(flips, axis=1)
 
 
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=80, deadline=None)
 @given(clustered_hashes(), st.integers(0, 60))
 def test_leaders_are_those_of_pairwise_comparison(hashes: np.ndarray, radius: int) -> None:
     radius = min(radius, hashes.shape[1] * 8 - 1)
@@ -43,7 +48,8 @@ def test_near_pairs_misses_none(hashes: np.ndarray, radius: int) -> None:
     bits = np.unpackbits(hashes, axis=1)
     near = (bits[:, None] != bits[None]).sum(axis=2) <= radius if len(bits) else np.zeros((0, 0), bool)
     expected = [(later, earlier) for later in range(len(bits)) for earlier in range(later) if near[later, earlier]]
-    assert list(map(tuple, near_pairs(hashes, radius))) == expected
+    for agreeing in (1, 2, 3) if radius < 8 else (1,):  # changes the time it takes only
+        assert list(map(tuple, near_pairs(hashes, radius, agreeing))) == expected
 
 
 @settings(max_examples=60, deadline=None)
@@ -93,3 +99,61 @@ def test_a_uid_names_the_first_sample_that_has_it() -> None:
 def test_large_groups_of_equal_hashes_are_cheap() -> None:
     rows = pl.DataFrame({"uid": [uid(n) for n in range(20_000)], "perceptual_hash": [bytes(64)] * 20_000})
     assert NearDuplicate(radius=24).keep(rows).sum() == 1
+
+
+@st.composite
+def pools(draw: st.DrawFn) -> pl.DataFrame:
+    """Samples of which some share a uid, bytes or looks; some have two captions, some no image."""
+    hashes = draw(clustered_hashes().filter(lambda found: found.shape[1] == 8))
+    rows = []
+    for number, one in enumerate(hashes):
+        seen = {} if draw(st.integers(0, 9)) == 0 else {"perceptual_hash": one.tobytes(), "sha256": one[:1].tobytes()}
+        place = {"uid": uid(draw(st.integers(0, 2 * len(hashes))) * 2**60), "shard": number % 3, "index": number}
+        captions = draw(st.lists(st.sampled_from("ab"), min_size=1, max_size=2))
+        rows += [place | seen | {"caption_index": i, "caption": text} for i, text in enumerate(captions)]
+    return table(*rows)
+
+
+@settings(max_examples=30, deadline=None)
+@given(st.data())
+def test_no_verdict_depends_on_how_the_pool_is_cut(data: st.DataObject) -> None:
+    rows = data.draw(pools())
+    for one in (NearDuplicate(radius=3), ExactDuplicate(), UniqueUid()):
+        assert_cuts_do_not_matter(one, rows, data)
+
+
+@settings(max_examples=30, deadline=None)
+@given(st.data())
+def test_verdicts_are_those_of_looking_at_all_rows_together(data: st.DataObject) -> None:
+    rows = data.draw(pools())
+    place = pl.col("shard").cast(pl.UInt64) * 2**32 + pl.col("index")
+    first = place == place.min().over("uid")
+    assert assert_cuts_do_not_matter(UniqueUid(), rows, data) == rows.select(first).to_series().to_list()
+    smallest = pl.when(pl.col("sha256").is_not_null()).then(pl.col("uid") == pl.col("uid").min().over("sha256"))
+    assert assert_cuts_do_not_matter(ExactDuplicate(), rows, data) == rows.select(smallest).to_series().to_list()
+
+
+def test_repeats_of_a_uid_are_told_from_conflicts() -> None:
+    def sample(number: int, index: int, *captions: str) -> list[dict[str, object]]:
+        place = {"uid": uid(number), "shard": 0, "index": index}
+        return [place | {"caption_index": i, "caption": text} for i, text in enumerate(captions)]
+
+    rows = [
+        *sample(1, 0, "a", "b"),
+        *sample(1, 1, "a", "b"),
+        *sample(2, 2, "a"),
+        *sample(2, 3, "c"),
+        *sample(3, 4, "a"),
+    ]
+    pool, one = table(*rows), UniqueUid()
+    state = one.merge([one.partial(pool[part], []).lazy() for part in ([0, 1, 4], [2, 3, 5, 6])], [])
+    assert state.select("low", "samples", "captions").rows() == [(1, 2, 1), (2, 2, 2)]
+
+
+def test_turns_find_what_one_turn_finds(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Marks of a pool that is too large for memory are looked at a share at a time."""
+    rows = table(*({"uid": uid(n * 7919 % 50), "index": n} for n in range(100)))
+    whole = keep_in_parts(UniqueUid(), [rows[:30], rows[30:]]).to_list()
+    assert sum(bool(one) for one in whole) == 50
+    monkeypatch.setattr(dedup, "_ROWS_A_TURN", 9)
+    assert keep_in_parts(UniqueUid(), [rows[:30], rows[30:]]).to_list() == whole
