@@ -6,7 +6,7 @@ import numpy as np
 import polars as pl
 import pytest
 
-from mmfoundry.data.columns import languages_of
+from mmfoundry.data.derived.language import languages_of
 from mmfoundry.data.filters.base import Filter
 from mmfoundry.data.filters.basic import Basic, CaptionWords, Language, MaxAspect, MinSide, NotBlank
 from tests.data.filters.rows import table
