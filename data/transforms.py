@@ -160,7 +160,7 @@ class EvalTransform:
         Raises:
             UnreadableImage: the pixels of an image not decoded yet are damaged.
         """
-        image = _without_ends(image.pixels if isinstance(image, LazyImage) else image)
+        image = without_ends(image.pixels if isinstance(image, LazyImage) else image)
         height, width = image.shape[:2]
         size = self.image_size
         if width <= height:
@@ -233,7 +233,8 @@ def normalise(
     return pixels if dtype is None else pixels.to(dtype)
 
 
-def _without_ends(image: np.ndarray) -> np.ndarray:
+def without_ends(image: np.ndarray) -> np.ndarray:
+    """The picture, or its middle where it is more than 64 times as long as wide."""
     limit = _MAX_ASPECT * min(image.shape[:2])
     if max(image.shape[:2]) <= limit:
         return image

@@ -1,0 +1,1 @@
+"""Detectors of things in pictures: one file each, registered in `base.DETECTORS`."""
