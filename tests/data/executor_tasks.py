@@ -5,6 +5,7 @@ import signal
 import time
 from pathlib import Path
 
+from mmfoundry.data.table import write_parquet
 from mmfoundry.pipeline.errors import DamagedInput, MmfoundryError
 
 # what this process remembers; a worker that lives on still has it at its next job
@@ -79,3 +80,19 @@ def waits_after_first(job: tuple[Path, int]) -> int:
         while not any(folder.iterdir()):
             time.sleep(0.01)
     return number
+
+
+def writes_table(job: tuple[Path, int, Path | None]) -> int:
+    """Makes a part's table; with a trace to leave, it says once who it is, and waits to be killed or let go."""
+    import numpy as np
+    import polars as pl
+
+    folder, number, trace = job
+    if trace is not None and not trace.exists():
+        trace.write_text(str(os.getpid()))
+        while not trace.with_suffix(".go").exists():
+            time.sleep(0.02)
+    rng = np.random.default_rng(number)
+    table = pl.DataFrame({"uid": rng.integers(0, 1 << 60, 5000), "score": rng.random(5000, dtype=np.float32)})
+    write_parquet(table.filter(pl.col("score") > 0.5).sort("uid"), folder / f"{number:05d}.parquet")
+    return int(table["uid"].sum() % 1000)
