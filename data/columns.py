@@ -45,18 +45,23 @@ COMPUTED: dict[str, Column] = {
 }
 METADATA: dict[str, Column] = {
     "url": Column(pl.String(), "metadata", "where the image came from"),
-    "face_bboxes": Column(pl.List(pl.List(pl.Float64())), "metadata", "faces, each x0, y0, x1, y1 as fractions of the sides"),
+    "face_bboxes": Column(
+        pl.List(pl.List(pl.Float64())), "metadata", "faces, each x0, y0, x1, y1 as fractions of the sides"
+    ),
 }
 COLUMNS: dict[str, Column] = {**IDENTITY, **METADATA, **COMPUTED, **derived_columns()}
 _SIMILARITY = re.compile(r"clip_(\w+)_similarity_score")
 _SCORED = (  # what a scorer called NAME makes; DataComp's metadata has them for b32 and l14
     (_SIMILARITY, Column(pl.Float32(), "model", "cosine of image and caption under a CLIP")),
-    (re.compile(r"(\w+)_(?:img|txt)"), Column(pl.List(pl.Float32()), "model", "a CLIP's embedding of image or caption")),
+    (
+        re.compile(r"(\w+)_(?:img|txt)"),
+        Column(pl.List(pl.Float32()), "model", "a CLIP's embedding of image or caption"),
+    ),
 )
 
 
 def column_named(name: str) -> Column | None:
-    """The column of this name, also of a scorer (`clip_NAME_similarity_score`, `NAME_img`, `NAME_txt`) or `json.NAME`."""
+    """The column of this name, also one of a scorer or `json.NAME`; None if there can be none."""
     if name.startswith(JSON_PREFIX):
         return Column(pl.String(), "text", "a plain value of the sample's JSON, as text")
     if name in COLUMNS:
@@ -69,6 +74,11 @@ def scorer_of(column: str) -> str | None:
     if column in COLUMNS:
         return None
     return next((found[1] for pattern, _ in _SCORED if (found := pattern.fullmatch(column))), None)
+
+
+def is_similarity(column: str) -> bool:
+    """Whether a column is a CLIP's score of pairs, which a sample's own JSON may have as well."""
+    return column not in COLUMNS and _SIMILARITY.fullmatch(column) is not None
 
 
 def schema(columns: frozenset[str]) -> dict[str, pl.DataType]:
@@ -84,7 +94,7 @@ def _given(column: str) -> pl.DataType | None:
         return METADATA[column].dtype
     if column.startswith(JSON_PREFIX):
         return pl.String()
-    return pl.Float64() if column not in COLUMNS and _SIMILARITY.fullmatch(column) else None
+    return pl.Float64() if is_similarity(column) else None
 
 
 def rows_of(

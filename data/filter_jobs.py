@@ -122,12 +122,12 @@ def take_pass(job: PassJob) -> None:
         if turn.round is None or not cache.has(judging.partial_path(plan, turn, part))
     ]
     place = judging.verdicts_path(job.number, part)
-    judged = [turn for turn in turns if turn.round is None]
-    if (not judged or cache.has(place)) and len(judged) == len(turns):
-        return
-    if cache.has(place):
+    is_judged = cache.has(place)
+    if is_judged:
         turns = [turn for turn in turns if turn.round is not None]
-    standing = standing_before(judging, plan, job.number, part)
+    if not turns:
+        return
+    standing = standing_before(judging, plan, job.number + is_judged, part)
     states: dict[int, list[pl.DataFrame]] = {}
     for turn in turns:
         operation = plan.operations[turn.operation]
@@ -136,7 +136,9 @@ def take_pass(job: PassJob) -> None:
         if turn.round is None:
             paths = [judging.partial_path(plan, each, part) for each in rounds]
             standing.partials[turn.operation] = [_whole(cache, path) for path in paths]
-        for name in [name for name, maker in DERIVATIONS.items() if maker.dear and operation.filter.columns() & set(maker.makes)]:
+        for name in [
+            name for name, maker in DERIVATIONS.items() if maker.dear and operation.filter.columns() & set(maker.makes)
+        ]:
             key = plan.reach_key(turn.operation, judging.pool)
             known = cache.get(cache.path("derived", f"{name}-{key}", part.identity))
             if known is not None:
@@ -164,13 +166,19 @@ def _found(plan: Plan, turns: Sequence[Turn], standing: Standing, height: int, p
         reached = standing.reached(plan, turn.operation)
         key = plan.reach_key(turn.operation, pool)
         for (_, rows_key), values in standing.derived.items():
-            for series in values if rows_key == key else []:
-                if reached is not None:
-                    empty = pl.Series([None], dtype=series.dtype).new_from_index(0, height)
-                    series = empty.scatter(reached.arg_true(), series)
-                columns.setdefault(series.name, series)
-                columns[series.name] = pl.select(pl.coalesce(columns[series.name], series)).to_series().rename(series.name)
+            if rows_key == key:
+                for series in values:
+                    whole = _on_all_rows(series, reached, height)
+                    before = columns.get(series.name, whole)
+                    columns[series.name] = pl.select(pl.coalesce(before, whole)).to_series()
     return pl.DataFrame(columns)
+
+
+def _on_all_rows(values: pl.Series, rows: pl.Series | None, height: int) -> pl.Series:
+    """Values of some rows (None: of all) as a column of all rows, null elsewhere."""
+    if rows is None:
+        return values
+    return pl.Series([None], dtype=values.dtype).new_from_index(0, height).scatter(rows.arg_true(), values)
 
 
 def standing_before(judging: Judging, plan: Plan, number: int, part: Part) -> Standing:
@@ -207,7 +215,8 @@ def merge(job: MergeJob) -> None:
     if cache.has(place):
         return
     one: Filter = plan.operations[job.turn.operation].filter
-    assert isinstance(one, PoolFilter) and job.turn.round is not None
+    assert isinstance(one, PoolFilter)
+    assert job.turn.round is not None
     earlier = [_state(judging.state_path(plan, Turn(job.turn.operation, number))) for number in range(job.turn.round)]
     partials = [pl.scan_parquet(judging.partial_path(plan, job.turn, part), glob=False) for part in job.parts]
     cache.put(place, one.merge(partials, earlier))

@@ -2,7 +2,7 @@
 
 DataComp's metadata (Gadre et al. 2023, arXiv 2304.14108, appendix) is parquet with `uid`, `url`, `text`,
 `original_width`, `original_height`, `clip_b32_similarity_score`, `clip_l14_similarity_score`, `face_bboxes` and
-`sha256`, and beside each file an npz of the same name with the embeddings `b32_img`, `b32_txt`, `l14_img` and `l14_txt`.
+`sha256`, and beside each file an npz of the same name with the embeddings `b32_img`, `b32_txt`, `l14_img`, `l14_txt`.
 """
 
 from __future__ import annotations
@@ -72,7 +72,8 @@ class TablePart(Part):
 class MetadataPart(Part):
     """Rows `start` to `start + count` of a metadata file.
 
-    `uid` is put into lower case; a row whose uid is not 32 hex digits is unreadable. `caption` is `text` as it is.
+    `uid` is put into lower case; a row whose uid is not 32 hex digits is unreadable and gets one of its own. `caption`
+    is `text` as it is.
     """
 
     number: int
@@ -106,7 +107,7 @@ class MetadataPart(Part):
         is_uid = uid.str.contains(r"^[0-9a-f]{32}$").fill_null(False)
         match name:
             case "uid":
-                made = pl.lit("row:") + row.cast(pl.String) + pl.lit(f":{self.identity}")
+                made = pl.lit(self.identity[:22]) + row.cast(pl.String).str.zfill(10)
                 return pl.when(is_uid).then(uid).otherwise(made).alias(name)
             case "unreadable":
                 reason = pl.when(~is_uid).then(pl.lit("uid is not 32 hex digits"))
@@ -148,7 +149,7 @@ def metadata_files(pool: Path) -> list[Path]:
     return sorted(path for path in folder.glob("*.parquet") if not path.name.startswith("."))
 
 
-def metadata_parts(files: Sequence[Path], columns: Collection[str]) -> tuple[list[Part], dict[Path, str]]:
+def metadata_parts(files: Sequence[Path], columns: Collection[str]) -> tuple[list[MetadataPart], dict[Path, str]]:
     """Cut metadata files into parts.
 
     Args:
@@ -160,7 +161,7 @@ def metadata_parts(files: Sequence[Path], columns: Collection[str]) -> tuple[lis
         UnknownColumn: a file lacks a column; named, before anything is read.
         MissingInput: no file can be read, or none has a row.
     """
-    parts: list[Part] = []
+    parts: list[MetadataPart] = []
     damaged: dict[Path, str] = {}
     for path in files:
         try:
@@ -194,9 +195,11 @@ def _require(path: Path, known: Collection[str], columns: Collection[str]) -> No
                 raise UnknownColumn(f"{path}: a filter reads {name}, and there is no {npz.name} beside it")
             continue
         column = column_named(name)
-        where = "has to be computed from images, which a pool of metadata has none of" if (
-            column is not None and column.needs in ("bytes", "pixels", "model", "header")
-        ) else "is not there"
+        where = (
+            "has to be computed from images, which a pool of metadata has none of"
+            if (column is not None and column.needs in ("bytes", "pixels", "model", "header"))
+            else "is not there"
+        )
         raise UnknownColumn(f"{path}: a filter reads {', '.join(missing)}, which {where}")
 
 
@@ -209,10 +212,14 @@ def npz_rows(path: Path, name: str, start: int, count: int) -> np.ndarray:
     try:
         with zipfile.ZipFile(path) as archive, archive.open(f"{name}.npy") as file:
             version = np.lib.format.read_magic(file)
-            read_header = np.lib.format.read_array_header_1_0 if version == (1, 0) else np.lib.format.read_array_header_2_0
+            read_header = (
+                np.lib.format.read_array_header_1_0 if version == (1, 0) else np.lib.format.read_array_header_2_0
+            )
             shape, fortran, dtype = read_header(file)
             if dtype.hasobject or fortran or len(shape) != 2 or start + count > shape[0]:
-                raise DamagedInput(f"{path}: {name} is {dtype} {shape}; one row of numbers is needed for each of the file's")
+                raise DamagedInput(
+                    f"{path}: {name} is {dtype} {shape}; one row of numbers is needed for each of the file's"
+                )
             row_bytes = dtype.itemsize * shape[1]
             file.seek(start * row_bytes, 1)
             data = file.read(count * row_bytes)

@@ -64,6 +64,12 @@ class TableCache:
         # after the table: while its digest is missing or another's, the table counts as not there
         write_atomic(_digest_path(path), hashlib.sha256(data).hexdigest())
 
+    def seal(self, path: Path) -> None:
+        """Write the digest of a table that somebody else put at its place, whole."""
+        with path.open("rb") as file:
+            digest = hashlib.file_digest(file, "sha256").hexdigest()
+        write_atomic(_digest_path(path), digest)
+
     def drop_unused(self, since: float) -> int:
         """Remove what nobody asked for since a time (of files, in seconds); returns the bytes that are left."""
         left = 0

@@ -58,6 +58,10 @@ class StageConfig(Config):
 
     seed: int = Field(0, ge=0, lt=2**32, description="of everything random in the stage; same seed, same result")
 
+    def further_inputs(self) -> dict[str, str]:
+        """Inputs that no field of its own names, but something inside one does: dotted place -> reference."""
+        return {}
+
 
 class _Loader(yaml.SafeLoader):
     """YAML as people mean it: a repeated key is an error, `1e-3` is a number, `no` and `on` are words."""
@@ -274,7 +278,8 @@ def _items(annotation: Any, part: str | int) -> list[Any]:
 
 def inputs_of(config: Config) -> dict[str, str]:
     """The inputs that a config names: dotted field (`data.0.path`) -> reference as written; None is left out."""
-    return {path: value for path, value, marks in _leaves(config, "") if Input in marks and value is not None}
+    found = {path: value for path, value, marks in _leaves(config, "") if Input in marks and value is not None}
+    return found | (config.further_inputs() if isinstance(config, StageConfig) else {})
 
 
 def local_inputs_of(config: Config) -> dict[str, str]:

@@ -12,9 +12,9 @@ from typing import Annotated, Any, Literal
 
 import numpy as np
 import polars as pl
-from pydantic import Field, field_validator
+from pydantic import Field, field_validator, model_validator
 
-from mmfoundry.data.columns import column_named
+from mmfoundry.data.columns import COLUMNS, column_named, is_similarity, scorer_of
 from mmfoundry.data.decode import DecodeLimits
 from mmfoundry.data.derived.base import sources_of
 from mmfoundry.data.filter_jobs import Counted, Judging
@@ -44,20 +44,24 @@ from mmfoundry.stages.filter_passes import (
     describe_shards,
     mean_rows,
     pool_digest,
+    repeated_uids,
     run_passes,
+    score_shards,
     truth_of_pool,
     workers_for,
 )
+from mmfoundry.stages.filter_scorers import ScoringConfig
 
-ALWAYS_READ = frozenset({"uid", "key", "index", "caption_index", "caption", "unreadable"})
+# columns of every table; `unreadable` is not among them, since only where a filter reads it is every image decoded
+ALWAYS_THERE = frozenset({"uid", "key", "shard", "index", "caption_index", "caption"})
 
 
-class FilterConfig(StageConfig):
+class FilterConfig(ScoringConfig, StageConfig):
     """Which pairs of a pool go on."""
 
     pool: ShardsRef = Field(
-        description="raw tars: an artifact, a folder, a tar, a glob, a hub id or a URL; or DataComp's metadata: a folder "
-        "of parquet files (with their npz beside them), or one such file"
+        description="raw tars: an artifact, a folder, a tar, a glob, a hub id or a URL; or DataComp's metadata: a "
+        "folder of parquet files (with their npz beside them), or one such file"
     )
     filters: dict[str, Any] = Field(description="filter tree, e.g. {all: [{basic: {min_side: 64}}, exact_duplicate]}")
     alone: bool = Field(
@@ -92,17 +96,33 @@ class FilterConfig(StageConfig):
     @field_validator("filters")
     @classmethod
     def _parses(cls, filters: dict[str, Any]) -> dict[str, Any]:
-        tree = parse_filter(filters)
-        for name in sorted(tree.columns()):
-            if column_named(name) is None:
-                from mmfoundry.data.columns import COLUMNS
-
-                raise UnknownColumn(unknown("column", name, list(COLUMNS)))
+        parse_filter(filters)
         return filters
+
+    @model_validator(mode="after")
+    def _knows_its_columns(self) -> FilterConfig:
+        made = self.columns()
+        for name in sorted(self.tree().columns()):
+            if name not in made and column_named(name) is None:
+                raise UnknownColumn(f"filters: {unknown('column', name, [*COLUMNS, *made])}")
+        return self
 
     def tree(self) -> Filter:
         """The filter tree."""
         return parse_filter(self.filters)
+
+    def further_inputs(self) -> dict[str, str]:
+        """The files that filters read."""
+        return {f"filters.{number}": str(path) for number, path in enumerate(self.tree().files())}
+
+    def scoring(self) -> ScoringConfig:
+        """The models alone."""
+        return ScoringConfig.model_validate({name: getattr(self, name) for name in ScoringConfig.model_fields})
+
+    def scored(self) -> frozenset[str]:
+        """The columns that models compute for these filters, or for the outputs."""
+        made = self.columns().keys()
+        return (sources_of(self.tree().columns()) & made) | self.written()
 
     def limits(self) -> DecodeLimits:
         """What an image may weigh."""
@@ -131,13 +151,15 @@ def _on_tars(config: FilterConfig, context: RunContext) -> Artifact:
     pool = Pool(context.shards("pool"), name=config.pool)
     cache, began = _cache(config, context)
     steps = steps_of(config.tree())
-    columns = sources_of(config.tree().columns())
+    columns = _columns_of_tars(config)
     damaged = Counter(damage.reason for _, damage in pool.damage)
     unreadable = Unreadable(config.pool, len(pool) + damaged.total(), config.max_unreadable)
     unreadable.add(damaged)
     with workers_for(context, config.executor, config.num_workers, config.ray_address, len(pool)) as workers:
-        request = Request(columns - ALWAYS_READ, config.limits())
+        request = Request(columns - ALWAYS_THERE, config.limits())
         parts = describe_shards(pool, request, cache, workers, unreadable)
+        if config.scored():
+            parts = score_shards(pool, parts, config.scored(), config.scoring(), request, cache, workers)
         truth = truth_of_pool(parts)
         judging, counted = _judge(config, context, steps, parts, cache, workers, bool(truth.height))
     if counted is None:
@@ -177,6 +199,21 @@ def _on_metadata(config: FilterConfig, context: RunContext, files: Sequence[Path
     return _finish(config, context, cache, began, funnel, unreadable.found.total())
 
 
+def _columns_of_tars(config: FilterConfig) -> frozenset[str]:
+    """What has to be found out about each sample without a model.
+
+    Raises:
+        UnknownColumn: a filter reads what only a model can tell, and none is configured.
+    """
+    columns = sources_of(config.tree().columns()) - config.scored()
+    for name in sorted(columns):
+        known = column_named(name)
+        if known is not None and known.needs == "model" and not is_similarity(name):
+            way_out = f"scorers.{scorer_of(name)}" if scorer_of(name) else "detectors or heads"
+            raise UnknownColumn(f"a filter reads {name}, which takes a model: give {way_out}")
+    return columns
+
+
 def _judge(
     config: FilterConfig,
     context: RunContext,
@@ -188,7 +225,7 @@ def _judge(
 ) -> tuple[Judging, list[Counted] | None]:
     judging = Judging(tuple(steps), config.alone, pool_digest(parts), cache)
     run_passes(judging, parts, workers)
-    columns = sorted(config.tree().columns())
+    columns = sorted(config.tree().columns() | config.written())
     return judging, count_parts(judging, parts, columns, config.examples, truth and config.alone, workers)
 
 
@@ -210,7 +247,7 @@ def _account(
     judgements = [one.judgement for one in counted if one.judgement is not None]
     funnel = funnel_of(judging.steps, account, judgements, truth, config.unseen_kinds)
     names = list(dict.fromkeys(part.name for part in parts))
-    funnel |= {"shards": names, "damaged": dict(sorted(damaged.items()))}
+    funnel |= {"shards": names, "damaged": dict(sorted(damaged.items())), "repeated_uids": repeated_uids(judging)}
     write_atomic(context.work / "funnel.json", json.dumps(funnel, indent=1, ensure_ascii=False) + "\n")
     if not funnel["kept"]:
         worst = max(funnel["filters"], key=lambda row: row["sequence"]["dropped"])
@@ -219,6 +256,12 @@ def _account(
             f"{worst['sequence']['dropped']} of the {worst['sequence']['in']} that reach it: loosen it"
         )
     write_subset(np.concatenate([one.subset for one in counted]), context.work / "subset.npy")
+    if funnel["repeated_uids"]["conflicting"]:
+        found = funnel["repeated_uids"]
+        context.log.say(
+            f"filter: {found['conflicting']} uids stand for samples of different captions, e.g. "
+            f"{found['examples'][0]}; of each the first in the pool counts"
+        )
     return funnel
 
 

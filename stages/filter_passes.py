@@ -10,8 +10,9 @@ import os
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import polars as pl
 
@@ -28,6 +29,8 @@ from mmfoundry.data.filter_jobs import (
     merge,
     take_pass,
 )
+from mmfoundry.data.filters.dedup import UniqueUid
+from mmfoundry.data.filters.plan import Turn
 from mmfoundry.data.index import ShardIndex
 from mmfoundry.data.parts import Part, TablePart
 from mmfoundry.data.reader import Pool
@@ -37,6 +40,7 @@ from mmfoundry.data.table_cache import TableCache
 from mmfoundry.pipeline.distributed import barrier
 from mmfoundry.pipeline.errors import TooManyUnreadable
 from mmfoundry.pipeline.stage import RunContext
+from mmfoundry.stages.filter_scorers import ScoreJob, ScoringConfig, score_shard
 
 J = TypeVar("J")
 R = TypeVar("R")
@@ -55,12 +59,19 @@ class Workers:
     context: RunContext
     executor: Executor
 
-    def map(self, task: Callable[[J], R], jobs: Sequence[J], done: Callable[[int, R], None] | None = None) -> None:
+    def map(
+        self,
+        task: Callable[[J], R],
+        jobs: Sequence[J],
+        done: Callable[[int, R], None] | None = None,
+        *,
+        gpus: float = 0.0,
+    ) -> None:
         """Do this rank's share of jobs, and wait for the others; `done` is called with number and result of its own."""
         runtime = self.context.runtime
         mine = range(runtime.rank, len(jobs), runtime.world_size)
         finished = done or (lambda number, result: None)
-        self.executor.map(task, [jobs[n] for n in mine], lambda place, result: finished(mine[place], result))
+        self.executor.map(task, [jobs[n] for n in mine], lambda place, result: finished(mine[place], result), gpus=gpus)
         barrier(runtime.group)
 
 
@@ -150,6 +161,53 @@ def describe_shards(
     return [TablePart(job.number, job.name, _digest(key, job.table.stem), (job.table,)) for job in jobs]
 
 
+def score_shards(
+    pool: Pool,
+    parts: Sequence[TablePart],
+    columns: frozenset[str],
+    scoring: ScoringConfig,
+    request: Request,
+    cache: TableCache,
+    workers: Workers,
+) -> list[TablePart]:
+    """The parts with the columns that models compute; what is in the cache is not computed again."""
+    context = workers.context
+    models = {
+        name: path for name, path in context.inputs.items() if name.partition(".")[0] in ScoringConfig.model_fields
+    }
+    used = scoring.model_dump_json(exclude={"decode_threads"})
+    key = _digest("scores", sorted(columns), used, *(f"{n}={context.records[n].digest}" for n in sorted(models)))
+    jobs, made = [], []
+    for part in parts:
+        output = cache.path("scores", _digest(key, part.identity), "scores")
+        made.append(dataclasses.replace(part, identity=_digest(key, part.identity), tables=(*part.tables, output)))
+        index = pool.indexes[part.number]
+        job = ScoreJob(
+            shard=index.shard,
+            table=part.tables[0],
+            output=output,
+            columns=columns,
+            config=scoring,
+            inputs=models,
+            limits=request.limits,
+            device=str(context.runtime.device),
+            index_dir=request.index_dir,
+        )
+        jobs.append(job)
+    mine = range(context.runtime.rank, len(jobs), context.runtime.world_size)
+    with context.progress(sum(len(pool.indexes[n]) for n in mine), "filter: scoring pairs") as bar:
+        gpus = float(context.runtime.device.type == "cuda")
+        workers.map(partial(score_into, cache), jobs, lambda n, _: bar.advance(len(pool.indexes[n])), gpus=gpus)
+    return made
+
+
+def score_into(cache: TableCache, job: ScoreJob) -> None:
+    """Score a shard, unless the cache has it."""
+    if not cache.has(job.output):
+        score_shard(job)
+        cache.seal(job.output)
+
+
 def truth_of_pool(parts: Sequence[TablePart]) -> pl.DataFrame:
     """What the pool's samples say about themselves under `truth`."""
     return pl.concat([pl.read_parquet(_truth_path(part.tables[0])) for part in parts])
@@ -209,6 +267,21 @@ def count_parts(
             workers.executor.map(count, jobs, done)
     barrier(context.runtime.group)
     return [found[number] for number in range(len(parts))] if context.runtime.is_main else None
+
+
+def repeated_uids(judging: Judging) -> dict[str, Any]:
+    """How many uids stand for more than one sample, how many samples that are, and whose captions differ."""
+    plan = judging.plan()
+    number = next(n for n, operation in enumerate(plan.operations) if isinstance(operation.filter, UniqueUid))
+    state = pl.read_parquet(judging.state_path(plan, Turn(number, 0)))
+    conflicting = state.filter(pl.col("captions") > 1)
+    examples = [f"{high:016x}{low:016x}" for high, low in conflicting.select("high", "low").head(10).iter_rows()]
+    return {
+        "uids": state.height,
+        "samples": int(state["samples"].sum()),
+        "conflicting": conflicting.height,
+        "examples": examples,
+    }
 
 
 def mean_rows(rows: Sequence[int]) -> int:

@@ -126,9 +126,7 @@ class Account:
     has_alone: bool = True
 
     def __add__(self, other: Account) -> Account:
-        total = Account(
-            unreadable=self.unreadable + other.unreadable, has_alone=self.has_alone and other.has_alone
-        )
+        total = Account(unreadable=self.unreadable + other.unreadable, has_alone=self.has_alone and other.has_alone)
         for name in ("samples", "captions", "kept", "captions_kept"):
             setattr(total, name, getattr(self, name) + getattr(other, name))
         for name in ("dropped", "captions_after", "kept_alone", "unjudged_alone", "captions_alone", "overlap"):
@@ -155,7 +153,7 @@ def account_of(judgement: Judgement) -> Account:
         account.kept_alone = judgement.alone.sum(axis=0, dtype=np.int64)
         account.unjudged_alone = judgement.unjudged.sum(axis=0, dtype=np.int64)
         account.captions_alone = np.array(judgement.pairs_alone, np.int64)
-        # counts of a part are far below 2**24, so that sums of float32 are exact, and many times faster than of integers
+        # counts of a part are below 2**24: sums of float32 are exact, and many times faster than those of integers
         both = by_itself.astype(np.float32)
         account.overlap = (both.T @ both).astype(np.int64)
     return account

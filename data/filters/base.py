@@ -8,6 +8,7 @@ needs to know which of the two it is.
 """
 
 from collections.abc import Sequence
+from pathlib import Path
 from typing import ClassVar, Literal
 
 import polars as pl
@@ -35,6 +36,10 @@ class Filter(Config):
     def columns(self) -> frozenset[str]:
         """The columns that the filter reads; only those are computed."""
         return frozenset(self.expression().meta.root_names())
+
+    def files(self) -> tuple[Path, ...]:
+        """The files that the verdict depends on besides the columns: lists of words, clusters, sets to keep apart."""
+        return ()
 
     def keep(self, table: pl.DataFrame) -> pl.Series:
         """The verdict on each row, in the order of the table.
@@ -89,9 +94,7 @@ class PoolFilter(Filter):
         """
         raise NotImplementedError
 
-    def judge(
-        self, table: pl.DataFrame, states: Sequence[pl.DataFrame], partials: Sequence[pl.DataFrame]
-    ) -> pl.Series:
+    def judge(self, table: pl.DataFrame, states: Sequence[pl.DataFrame], partials: Sequence[pl.DataFrame]) -> pl.Series:
         """The verdict on each row of a part.
 
         Args:

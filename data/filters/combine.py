@@ -5,6 +5,7 @@ around.
 """
 
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Literal
 
 import polars as pl
@@ -46,6 +47,10 @@ class Combination(Filter):
     def columns(self) -> frozenset[str]:
         """The columns that the children read."""
         return frozenset().union(*(child.columns() for child in self.children()))
+
+    def files(self) -> tuple[Path, ...]:
+        """The files that the children's verdicts depend on."""
+        return tuple(dict.fromkeys(path for child in self.children() for path in child.files()))
 
 
 @FILTERS.register("all")

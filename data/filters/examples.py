@@ -55,8 +55,12 @@ def candidates_of(judgement: Judgement, count: int, seed: int) -> pl.DataFrame:
                 these = samples.filter(pl.col("step") > number if kept else pl.col("step") == number)
                 draws = _draws(these["uid"], seed, number)
                 first = np.argsort(draws, kind="stable")[:count]
-                rows = these[first].select("uid", "key", "shard", "index").with_columns(
-                    step=pl.lit(number, pl.Int32), kept=pl.lit(kept), draw=pl.Series(draws[first], dtype=pl.UInt64)
+                rows = (
+                    these[first]
+                    .select("uid", "key", "shard", "index")
+                    .with_columns(
+                        step=pl.lit(number, pl.Int32), kept=pl.lit(kept), draw=pl.Series(draws[first], dtype=pl.UInt64)
+                    )
                 )
                 found.append(rows.select(list(_CANDIDATES)))
     return pl.concat(found)
@@ -73,7 +77,9 @@ def _draws(uids: pl.Series, seed: int, step: int) -> np.ndarray:
     return np.asarray(mixed ^ (mixed >> np.uint64(33)))
 
 
-def examples_of(candidates: pl.DataFrame, names: list[str], pool: Pool, count: int, limits: DecodeLimits) -> pl.DataFrame:
+def examples_of(
+    candidates: pl.DataFrame, names: list[str], pool: Pool, count: int, limits: DecodeLimits
+) -> pl.DataFrame:
     """Read the pictures that are shown.
 
     Args:
@@ -91,7 +97,9 @@ def examples_of(candidates: pl.DataFrame, names: list[str], pool: Pool, count: i
     for number, name in enumerate(names):
         for kept in (True, False):
             these = candidates.filter((pl.col("step") == number) & (pl.col("kept") == kept))
-            for row in these.sort("draw", "uid", "shard", "index").head(count).sort("shard", "index").iter_rows(named=True):
+            for row in (
+                these.sort("draw", "uid", "shard", "index").head(count).sort("shard", "index").iter_rows(named=True)
+            ):
                 shown = _shown(pool, starts[row["shard"]] + row["index"], limits)
                 rows.append({"filter": name, "kept": kept, "uid": row["uid"], "key": row["key"]} | shown)
     return pl.DataFrame(rows, schema=_SCHEMA, orient="row")

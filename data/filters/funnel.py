@@ -104,7 +104,8 @@ def _against_truth(
 
 def _not_dropped(one: Judgement) -> np.ndarray:
     """bool (samples, steps + 1): each step by itself, and all in sequence."""
-    assert one.alone is not None and one.unjudged is not None
+    assert one.alone is not None
+    assert one.unjudged is not None
     return np.column_stack([one.alone | one.unjudged, one.samples["kept"].to_numpy()])
 
 

@@ -74,7 +74,7 @@ def take_turns(
             partials.append(one.partial(rows, states.get(number, [])))
             continue
         if isinstance(one, PoolFilter):
-            verdict = one.judge(rows, states[number], partials).cast(pl.Boolean)
+            verdict = one.judge(rows, states.get(number, []), partials).cast(pl.Boolean)
         else:
             verdict = one.keep(rows)
         if reached is not None:
@@ -112,7 +112,9 @@ def _derivations_for(columns: frozenset[str]) -> list[str]:
     return list(found)
 
 
-def judge_parts(steps: Sequence[Step], parts: Sequence[pl.DataFrame], alone: bool = True) -> tuple[Plan, list[Standing]]:
+def judge_parts(
+    steps: Sequence[Step], parts: Sequence[pl.DataFrame], alone: bool = True
+) -> tuple[Plan, list[Standing]]:
     """Judge a pool whose parts are all in memory.
 
     Args:

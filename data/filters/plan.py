@@ -12,6 +12,8 @@ import hashlib
 import json
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import lru_cache
+from pathlib import Path
 
 import polars as pl
 
@@ -19,6 +21,7 @@ from mmfoundry.data.filters.base import Filter, PoolFilter, name_of
 from mmfoundry.data.filters.basic import Readable
 from mmfoundry.data.filters.combine import All, AnyOf, Not
 from mmfoundry.data.filters.dedup import UniqueUid
+from mmfoundry.pipeline.artifact import fingerprint
 
 Step = tuple[str, Filter]
 
@@ -73,7 +76,11 @@ class Verdict:
         found = series[0]
         for later in series[1:]:
             # "all" is a sequence: the first that does not keep decides, whatever later ones would have said
-            found = pl.select(pl.when(found).then(later).otherwise(found)).to_series() if self.kind == "all" else found | later
+            found = (
+                pl.select(pl.when(found).then(later).otherwise(found)).to_series()
+                if self.kind == "all"
+                else found | later
+            )
         return found
 
     def leaves(self) -> Iterator[int]:
@@ -155,6 +162,7 @@ class Plan:
         """
         operation = self.operations[number]
         said = [name_of(operation.filter), operation.filter.model_dump(mode="json")]
+        said += [content_of(path) for path in operation.filter.files()]
         reach = [self._shape(verdict, pool) for verdict in operation.reach]
         text = json.dumps([said, reach, pool if operation.num_rounds else ""], sort_keys=True)
         return hashlib.sha256(text.encode()).hexdigest()[:32]
@@ -168,6 +176,21 @@ class Plan:
         if verdict.kind == "leaf":
             return [self.key(verdict.leaf, pool)]
         return [verdict.kind, *(self._shape(part, pool) for part in verdict.parts)]
+
+
+def content_of(path: Path) -> str:
+    """A digest of a file's content, or of all files in a folder; read once while the file stays as it is."""
+    if path.is_dir():
+        return hashlib.sha256(
+            "".join(content_of(each) for each in sorted(path.rglob("*")) if each.is_file()).encode()
+        ).hexdigest()
+    state = path.stat()
+    return _content(path, state.st_size, state.st_mtime_ns)
+
+
+@lru_cache(maxsize=1024)
+def _content(path: Path, size: int, modified: int) -> str:
+    return fingerprint(path)
 
 
 def plan_of(steps: Sequence[Step], alone: bool = True) -> Plan:

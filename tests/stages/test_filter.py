@@ -20,7 +20,7 @@ from mmfoundry.models.io import save_clip
 from mmfoundry.pipeline.artifact import Artifact
 from mmfoundry.pipeline.config import load_yaml, parse
 from mmfoundry.pipeline.distributed import Runtime
-from mmfoundry.pipeline.errors import ConfigError, MissingInput, MmfoundryError, TooManyUnreadable
+from mmfoundry.pipeline.errors import ConfigError, MissingInput, MmfoundryError, TooManyUnreadable, UnknownColumn
 from mmfoundry.pipeline.stage import run_stage, work_folder
 from mmfoundry.stages.filter import STAGE, FilterConfig
 from tests.data.conftest import encode, samples, smooth
@@ -195,8 +195,8 @@ def test_clip_scores_choose_captions(tmp_path: Path) -> None:
 
     pool = make_pool(tmp_path / "pool")
     clip = make_clip(tmp_path / "clip")
-    tree = {"all": ["readable", {"clip_score": {"top": 0.5}}]}
-    made = run(pool, tmp_path / "out", filters=tree, clip_score={"model": str(clip), "batch_size": 7})
+    tree = {"all": ["readable", {"clip_score": {"top": 0.5, "model": "ours"}}]}
+    made = run(pool, tmp_path / "out", filters=tree, scorers={"ours": {"model": str(clip), "batch_size": 7}})
     table = pl.concat([pl.read_parquet(made.path / "kept" / f"{n:05d}.parquet") for n in range(3)])
     # scored pair by pair
     model = CLIP.from_seed(ClipConfig.model_validate(CLIP_CONFIG), 3).eval()
@@ -208,7 +208,8 @@ def test_clip_scores_choose_captions(tmp_path: Path) -> None:
                 text = model.encode_text(torch.from_numpy(tokenize(caption, 16)))
                 expected[f"{number:032x}", caption] = float((model.encode_image(pixels) * text).sum())
     threshold = sorted(expected.values(), reverse=True)[30]
-    scores = {(uid, caption): score for uid, caption, score in table.select("uid", "caption", "clip_score").iter_rows()}
+    column = "clip_ours_similarity_score"
+    scores = {(uid, caption): score for uid, caption, score in table.select("uid", "caption", column).iter_rows()}
     assert set(scores) == {pair for pair, score in expected.items() if score >= threshold}
     for pair, score in scores.items():
         assert score == pytest.approx(expected[pair], abs=1e-5)
@@ -217,9 +218,13 @@ def test_clip_scores_choose_captions(tmp_path: Path) -> None:
     assert texts == set(scores)
 
 
-def test_scores_need_a_model() -> None:
-    with pytest.raises(ConfigError, match=r"clip_score\.model"):
-        config("pool", filters={"clip_score": {"min": 0.2}})
+def test_scores_need_a_model(tmp_path: Path) -> None:
+    with pytest.raises(UnknownColumn, match=r"b32_img, which takes a model: give scorers\.b32"):
+        run(
+            make_pool(tmp_path / "pool"),
+            tmp_path / "out",
+            filters={"cap_per_cluster": {"column": "b32_img", "count": 1}},
+        )
 
 
 def test_scores_in_the_pools_json_need_none(tmp_path: Path) -> None:
@@ -275,7 +280,7 @@ def test_too_many_unreadable_stops_early_and_counts(tmp_path: Path, monkeypatch:
     write_shards(bad, tmp_path / "pool", max_count=10)
     real, read = filter_jobs.describe_shard, []
     monkeypatch.setattr(filter_jobs, "describe_shard", lambda r, n, s: (read.append(n), real(r, n, s))[1])
-    says = r"10 of 40 .*10 x damaged image; for one, 000011 in shard-00001\.tar.*20\.00%"
+    says = r"10 of 40 .*10 x damaged image; for one, 000001 in shard-00000\.tar.*20\.00%"
     with pytest.raises(TooManyUnreadable, match=says):
         run(tmp_path / "pool", tmp_path / "out", max_unreadable=0.2)
     assert read == [0, 1]

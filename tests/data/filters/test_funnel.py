@@ -23,7 +23,9 @@ def judge(steps: list[Step], rows: pl.DataFrame) -> Judgement:
     return judgement_of(plan, rows, standings[0])
 
 
-def funnel_of_one(steps: list[Step], judgement: Judgement, truth: pl.DataFrame = NO_TRUTH, **more: Any) -> dict[str, Any]:
+def funnel_of_one(
+    steps: list[Step], judgement: Judgement, truth: pl.DataFrame = NO_TRUTH, **more: Any
+) -> dict[str, Any]:
     return funnel_of(steps, account_of(judgement), [judgement], truth, **more)
 
 
@@ -37,7 +39,7 @@ def pair(sample: int, **columns: Any) -> dict[str, Any]:
         "pixel_deviation": 9.0,
         "sha256": sample.to_bytes(32, "big"),
     }
-    return {"uid": uid(sample), "index": sample} | good | columns
+    return {"uid": uid(sample), "key": str(sample), "index": sample} | good | columns
 
 
 def truth(*rows: tuple[int, str | None, int | None]) -> pl.DataFrame:
