@@ -147,7 +147,7 @@ TEXTS = (
 
 def edge_rows() -> pl.DataFrame:
     """Texts, sizes and scores at which rules turn, in all rows that are worth having."""
-    limits = np.float32([0.3, 0.28, 0.25, 0.243])
+    limits = np.float32([0.3, 0.29, 0.28, 0.25])
     scores = [
         *limits,
         *np.nextafter(limits, np.float32(-1)),

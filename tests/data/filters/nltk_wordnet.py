@@ -29,7 +29,7 @@ class _NoOtherLanguages:
 
 
 def copy_for_nltk(wordnet: Path, folder: Path) -> Path:
-    """Copy WordNet's files to where NLTK may read them, with the list of lexicographer files, which Debian leaves out."""
+    """Copy WordNet's files to where NLTK may read them, with the list `lexnames`, which Debian leaves out."""
     folder.mkdir(parents=True, exist_ok=True)
     for path in wordnet.iterdir():
         shutil.copyfile(path, folder / path.name)

@@ -1,0 +1,37 @@
+"""data/derived/captions.py against Python's and fastText's ways to split."""
+
+import polars as pl
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from mmfoundry.data.derived.captions import CaptionLength, CaptionTokens
+from tests.data.filters.datacomp_reference import tokens
+
+SPACES = " \t\n\r\x0b\x0c\x00\x1c\x1d\x1e\x1f\x85\u00a0\u1680\u2000\u200a\u200b\u2028\u2029\u202f\u205f\u3000\ufeff"
+texts = st.text(st.one_of(st.sampled_from(SPACES + "ab</s>"), st.characters(exclude_categories=["Cs"])), max_size=30)
+
+
+@settings(max_examples=150, deadline=None)
+@given(st.lists(st.one_of(st.none(), texts), max_size=5))
+def test_counts(captions: list[str | None]) -> None:
+    table = pl.DataFrame({"caption": pl.Series(captions, dtype=pl.String)})
+    made = CaptionLength.compute(table) | CaptionTokens.compute(table)
+    counts = {"caption_words": lambda text: len(text.split()), "caption_characters": len}
+    counts["caption_tokens"] = lambda text: len(tokens(text))
+    for name, count in counts.items():
+        assert made[name].dtype == pl.UInt32
+        assert made[name].to_list() == [None if text is None else count(text) for text in captions], name
+
+
+def test_every_character_between_two_words() -> None:
+    captions = [f"a{chr(code)}b" for code in range(0x30000) if not 0xD800 <= code < 0xE000]
+    table = pl.DataFrame({"caption": captions})
+    words = CaptionLength.compute(table)["caption_words"]
+    assert words.to_list() == [len(text.split()) for text in captions]
+    assert CaptionTokens.compute(table)["caption_tokens"].to_list() == [len(tokens(text)) for text in captions]
+
+
+def test_a_caption_of_a_megabyte() -> None:
+    table = pl.DataFrame({"caption": ["dog " * 250_000]})
+    assert [column[0] for column in CaptionLength.compute(table).values()] == [250_000, 1_000_000]
+    assert CaptionTokens.compute(table)["caption_tokens"][0] == 250_000
