@@ -25,14 +25,22 @@ def curated_samples(pool: Pool, kept: pl.DataFrame) -> Iterator[dict[str, Any]]:
     starts = first_samples(pool)
     for shard, index, uid, captions in samples.iter_rows():
         raw = pool.get(starts[shard] + index)
-        yield {"__key__": uid, **raw.members, **_rewritten(raw, uid, set(captions))}
+        yield {"__key__": uid, **raw.members, **rewritten(raw, uid, captions)}
 
 
-def _rewritten(raw: RawSample, uid: str, kept: Collection[int | None]) -> dict[str, Any]:
-    """The members that change: JSON with the uid, and captions where some were cut."""
+def rewritten(raw: RawSample, uid: str, kept: Collection[int | None] | None) -> dict[str, Any]:
+    """The members that change: JSON with the uid, and captions where some were cut.
+
+    Args:
+        raw: the sample.
+        uid: what its JSON is to say.
+        kept: numbers of the captions that stay; None: all.
+    Raises:
+        UnreadableSample: its text cannot be read.
+    """
     captions, _, _ = read_text(raw)
     meta = json.loads(raw.members.get("json", b"{}"))
-    left = [caption for i, caption in enumerate(captions) if i in kept]
+    left = captions if kept is None else [caption for i, caption in enumerate(captions) if i in set(kept)]
     changed: dict[str, Any] = {}
     if len(left) < len(captions):
         if "captions" in meta:
