@@ -223,11 +223,35 @@ def merge(job: MergeJob) -> None:
 
 
 @dataclass(frozen=True)
+class KeptJob:
+    """Write which rows of a part pass all steps, as a boolean column "keep"."""
+
+    judging: Judging
+    part: Part
+    output: Path
+
+    @property
+    def name(self) -> str:
+        """The file that the part is of."""
+        return self.part.name
+
+
+def write_kept(job: KeptJob) -> None:
+    """Write the column; what models compute is computed of these rows alone."""
+    if job.judging.cache.has(job.output):
+        return
+    plan = job.judging.plan()
+    standing = standing_before(job.judging, plan, len(plan.passes()), job.part)
+    judgement = judgement_of(plan, job.part.read(IDENTITY_READ), standing)
+    job.judging.cache.put(job.output, judgement.pairs.select("keep"))
+
+
+@dataclass(frozen=True)
 class AccountJob:
     """Count what became of one part, and write its kept and dropped rows.
 
     Attributes:
-        outputs: the folder for `kept/` and `dropped/`.
+        outputs: the folder for `kept/` and `dropped/`; None: neither is written.
         columns: written of kept pairs, besides those of identity.
         examples: candidates for pictures a step.
         with_judgement: whether truth is to be told; then the whole judgement comes back.
@@ -235,7 +259,7 @@ class AccountJob:
 
     judging: Judging
     part: Part
-    outputs: Path
+    outputs: Path | None
     columns: tuple[str, ...]
     examples: int
     seed: int
@@ -258,28 +282,35 @@ class Counted:
 
 
 def count(job: AccountJob) -> Counted:
-    """Write `kept/NNNNN.parquet` and `dropped/NNNNN.parquet` of a part, and count it."""
+    """Write `kept/NNNNN.parquet` and `dropped/NNNNN.parquet` of a part, if that is wanted, and count it."""
     judging, part = job.judging, job.part
     plan = judging.plan()
     standing = standing_before(judging, plan, len(plan.passes()), part)
-    asked = {name for name in job.columns if name not in IDENTITY_READ}
-    table = part.read(sources_of(asked) | set(IDENTITY_READ) | {"caption"})
+    table = part.read(IDENTITY_READ)
     judgement = judgement_of(plan, table, standing)
-    rows = table.with_columns(_derived_columns(judging, plan, part, asked)).filter(judgement.pairs["keep"])
-    named = pl.lit(part.name).alias("shard")
-    order = [*IDENTITY_READ[:5], "caption", *sorted(asked & set(rows.columns))]
-    write_parquet(rows.select(order).with_columns(named), job.outputs / "kept" / f"{part.number:05d}.parquet")
-    names = pl.Series([name for name, _ in plan.steps], dtype=pl.String)
-    dropped = judgement.samples.filter(~pl.col("kept")).select(
-        "uid", "key", named, "index", pl.lit(names).gather(pl.col("step")).alias("reason"), "unreadable"
-    )
-    write_parquet(dropped, job.outputs / "dropped" / f"{part.number:05d}.parquet")
+    if job.outputs is not None:
+        _write_rows(job, job.outputs, plan, judgement)
     return Counted(
         account_of(judgement),
         to_subset(judgement.samples.filter("kept")["uid"]),
         candidates_of(judgement, job.examples, job.seed),
         judgement if job.with_judgement else None,
     )
+
+
+def _write_rows(job: AccountJob, outputs: Path, plan: Plan, judgement: Judgement) -> None:
+    part = job.part
+    asked = {name for name in job.columns if name not in IDENTITY_READ}
+    table = part.read(sources_of(asked) | set(IDENTITY_READ) | {"caption"})
+    rows = table.with_columns(_derived_columns(job.judging, plan, part, asked)).filter(judgement.pairs["keep"])
+    named = pl.lit(part.name).alias("shard")
+    order = [*IDENTITY_READ[:5], "caption", *sorted(asked & set(rows.columns))]
+    write_parquet(rows.select(order).with_columns(named), outputs / "kept" / f"{part.number:05d}.parquet")
+    names = pl.Series([name for name, _ in plan.steps], dtype=pl.String)
+    dropped = judgement.samples.filter(~pl.col("kept")).select(
+        "uid", "key", named, "index", pl.lit(names).gather(pl.col("step")).alias("reason"), "unreadable"
+    )
+    write_parquet(dropped, outputs / "dropped" / f"{part.number:05d}.parquet")
 
 
 def _derived_columns(judging: Judging, plan: Plan, part: Part, asked: set[str]) -> list[pl.Series]:

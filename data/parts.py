@@ -117,7 +117,7 @@ class MetadataPart(Part):
             case "caption_index":
                 return pl.when(pl.col("text").is_not_null()).then(pl.lit(0, pl.UInt32)).alias(name)
             case "key":
-                return (pl.col("key") if "key" in known else uid).cast(pl.String).alias(name)
+                return (pl.col("key") if "key" in known else pl.lit(None)).cast(pl.String).alias(name)
             case "width" | "height":
                 return pl.col(_RENAMED[name]).cast(pl.UInt32, strict=False).alias(name)
             case "aspect":

@@ -4,15 +4,17 @@ A run that was cut off, or one whose filters changed in part, takes from here wh
 its digest (cut short, altered) is not there.
 """
 
+import errno
 import hashlib
 import io
 import os
+import secrets
 from dataclasses import dataclass
 from pathlib import Path
 
 import polars as pl
 
-from mmfoundry.pipeline.artifact import write_atomic
+from mmfoundry.pipeline.errors import NotEnoughSpace
 
 
 @dataclass(frozen=True)
@@ -59,20 +61,22 @@ class TableCache:
         buffer = io.BytesIO()
         table.write_parquet(buffer, compression="lz4")
         data = buffer.getvalue()
-        path.parent.mkdir(parents=True, exist_ok=True)
-        write_atomic(path, data)
+        _write(path, data)
         # after the table: while its digest is missing or another's, the table counts as not there
-        write_atomic(_digest_path(path), hashlib.sha256(data).hexdigest())
+        _write(_digest_path(path), hashlib.sha256(data).hexdigest().encode())
 
     def seal(self, path: Path) -> None:
         """Write the digest of a table that somebody else put at its place, whole."""
         with path.open("rb") as file:
             digest = hashlib.file_digest(file, "sha256").hexdigest()
-        write_atomic(_digest_path(path), digest)
+        _write(_digest_path(path), digest.encode())
 
     def drop_unused(self, since: float) -> int:
         """Remove what nobody asked for since a time (of files, in seconds); returns the bytes that are left."""
         left = 0
+        for left_over in self.folder.rglob(".*.part"):  # of a write that was cut off
+            if left_over.stat().st_mtime < since:
+                left_over.unlink(missing_ok=True)
         for path in self.folder.rglob("*.parquet"):
             state = path.stat()
             if state.st_mtime < since:
@@ -81,6 +85,24 @@ class TableCache:
             else:
                 left += state.st_size
         return left
+
+
+def _write(path: Path, data: bytes) -> None:
+    """Write a file whole, but without waiting for the disk: what a power cut takes does not agree with its digest.
+
+    Raises:
+        NotEnoughSpace: the disk is full.
+    """
+    path.parent.mkdir(parents=True, exist_ok=True)
+    aside = path.with_name(f".{path.name}.{os.getpid()}.{secrets.token_hex(4)}.part")
+    try:
+        aside.write_bytes(data)
+        aside.replace(path)
+    except OSError as error:
+        aside.unlink(missing_ok=True)
+        if error.errno in (errno.ENOSPC, errno.EDQUOT):
+            raise NotEnoughSpace(f"{path}: no space left for {len(data)} bytes; free some and run again") from error
+        raise
 
 
 def _digest_path(path: Path) -> Path:

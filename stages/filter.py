@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import os
 import time
@@ -25,7 +26,7 @@ from mmfoundry.data.filters.funnel import funnel_of, truth_metrics
 from mmfoundry.data.filters.plan import Step, steps_of
 from mmfoundry.data.filters.subset import write_subset
 from mmfoundry.data.filters.tree import parse_filter
-from mmfoundry.data.parts import Part, metadata_files, metadata_parts
+from mmfoundry.data.parts import Part, TablePart, metadata_files, metadata_parts
 from mmfoundry.data.reader import Pool
 from mmfoundry.data.reshard import curated_samples
 from mmfoundry.data.shards import write_shards
@@ -72,6 +73,9 @@ class FilterConfig(ScoringConfig, StageConfig):
     max_unreadable: float = Field(0.01, ge=0, le=1, description="fraction of samples; past it the stage stops")
     max_image_bytes: int = Field(64 << 20, gt=0, description="encoded size past which an image counts as unreadable")
     max_image_pixels: int = Field(64_000_000, gt=0, description="width x height past which it counts as unreadable")
+    tables: bool = Field(
+        True, description="write the kept and the dropped rows (always done for tars); false: only uids and the account"
+    )
     reshard: bool = Field(True, description="write the kept samples into new shards, beside the list of their uids")
     max_shard_samples: int = Field(10_000, ge=1, description="samples a new shard, at most")
     max_shard_bytes: int = Field(1 << 30, ge=1, description="bytes a new shard, at most")
@@ -159,7 +163,8 @@ def _on_tars(config: FilterConfig, context: RunContext) -> Artifact:
         request = Request(columns - ALWAYS_THERE, config.limits())
         parts = describe_shards(pool, request, cache, workers, unreadable)
         if config.scored():
-            parts = score_shards(pool, parts, config.scored(), config.scoring(), request, cache, workers)
+            before = [] if config.alone else _before(steps, config.scored())
+            parts = score_shards(pool, parts, config.scored(), config.scoring(), request, cache, workers, before)
         truth = truth_of_pool(parts)
         judging, counted = _judge(config, context, steps, parts, cache, workers, bool(truth.height))
     if counted is None:
@@ -199,6 +204,12 @@ def _on_metadata(config: FilterConfig, context: RunContext, files: Sequence[Path
     return _finish(config, context, cache, began, funnel, unreadable.found.total())
 
 
+def _before(steps: Sequence[Step], scored: frozenset[str]) -> list[Step]:
+    """The steps ahead of the first that reads what a model computes."""
+    reads = (bool(sources_of(one.columns()) & scored) for _, one in steps)
+    return [step for step, _ in itertools.takewhile(lambda pair: not pair[1], zip(steps, reads, strict=True))]
+
+
 def _columns_of_tars(config: FilterConfig) -> frozenset[str]:
     """What has to be found out about each sample without a model.
 
@@ -226,7 +237,10 @@ def _judge(
     judging = Judging(tuple(steps), config.alone, pool_digest(parts), cache)
     run_passes(judging, parts, workers)
     columns = sorted(config.tree().columns() | config.written())
-    return judging, count_parts(judging, parts, columns, config.examples, truth and config.alone, workers)
+    of_tars = any(isinstance(part, TablePart) for part in parts)
+    outputs = context.work if of_tars or config.tables else None
+    examples = config.examples if of_tars else 0  # metadata has no pictures to show
+    return judging, count_parts(judging, parts, outputs, columns, examples, truth and config.alone, workers)
 
 
 def _account(

@@ -22,15 +22,17 @@ from mmfoundry.data.filter_jobs import (
     Counted,
     DescribeJob,
     Judging,
+    KeptJob,
     MergeJob,
     PassJob,
     count,
     describe,
     merge,
     take_pass,
+    write_kept,
 )
 from mmfoundry.data.filters.dedup import UniqueUid
-from mmfoundry.data.filters.plan import Turn
+from mmfoundry.data.filters.plan import Step, Turn
 from mmfoundry.data.index import ShardIndex
 from mmfoundry.data.parts import Part, TablePart
 from mmfoundry.data.reader import Pool
@@ -169,14 +171,37 @@ def score_shards(
     request: Request,
     cache: TableCache,
     workers: Workers,
+    before: Sequence[Step] = (),
 ) -> list[TablePart]:
-    """The parts with the columns that models compute; what is in the cache is not computed again."""
+    """The parts with the columns that models compute; what is in the cache is not computed again.
+
+    Args:
+        pool: of tars.
+        parts: its parts.
+        columns: that are wanted of models.
+        scoring: the models.
+        request: what else was asked of the shards.
+        cache: for the results.
+        workers: who does it.
+        before: steps that need no model: what they drop is not looked at, and has nulls.
+    """
     context = workers.context
+    only: list[Path | None] = [None] * len(parts)
+    before_key = ""
+    if before:
+        judging = Judging(tuple(before), False, pool_digest(parts), cache)
+        before_key = judging.key()
+        run_passes(judging, parts, workers)
+        places = [cache.path("kept", before_key, part.identity) for part in parts]
+        workers.map(write_kept, [KeptJob(judging, part, place) for part, place in zip(parts, places, strict=True)])
+        only = list(places)
     models = {
         name: path for name, path in context.inputs.items() if name.partition(".")[0] in ScoringConfig.model_fields
     }
     used = scoring.model_dump_json(exclude={"decode_threads"})
-    key = _digest("scores", sorted(columns), used, *(f"{n}={context.records[n].digest}" for n in sorted(models)))
+    key = _digest(
+        "scores", before_key, sorted(columns), used, *(f"{n}={context.records[n].digest}" for n in sorted(models))
+    )
     jobs, made = [], []
     for part in parts:
         output = cache.path("scores", _digest(key, part.identity), "scores")
@@ -190,6 +215,7 @@ def score_shards(
             config=scoring,
             inputs=models,
             limits=request.limits,
+            only=only[part.number],
             device=str(context.runtime.device),
             index_dir=request.index_dir,
         )
@@ -249,13 +275,17 @@ def run_passes(judging: Judging, parts: Sequence[Part], workers: Workers) -> Non
 
 
 def count_parts(
-    judging: Judging, parts: Sequence[Part], columns: Sequence[str], examples: int, truth: bool, workers: Workers
+    judging: Judging,
+    parts: Sequence[Part],
+    outputs: Path | None,
+    columns: Sequence[str],
+    examples: int,
+    truth: bool,
+    workers: Workers,
 ) -> list[Counted] | None:
     """Write the kept and dropped rows of the parts and count them; on the main rank, what was counted, by part."""
     context = workers.context
-    jobs = [
-        AccountJob(judging, part, context.work, tuple(columns), examples, context.config.seed, truth) for part in parts
-    ]
+    jobs = [AccountJob(judging, part, outputs, tuple(columns), examples, context.config.seed, truth) for part in parts]
     found: dict[int, Counted] = {}
     if context.runtime.is_main:  # it needs all results, and they come back only to whoever asked for them
         with context.progress(len(parts), "filter: writing tables", "parts") as bar:

@@ -218,6 +218,24 @@ def test_clip_scores_choose_captions(tmp_path: Path) -> None:
     assert texts == set(scores)
 
 
+def test_models_look_only_at_what_is_left(tmp_path: Path) -> None:
+    """Without the account of each filter alone, pairs that earlier filters dropped get no scores; the rest is equal."""
+    pool = make_pool(tmp_path / "pool")
+    scorers = {"ours": {"model": str(make_clip(tmp_path / "clip"))}}
+    first = {"expression": "caption_words < 3"}
+    tree = {"all": ["readable", first, {"clip_score": {"top": 0.5, "model": "ours"}}]}
+    every = run(pool, tmp_path / "every", filters=tree, scorers=scorers)
+    left = run(pool, tmp_path / "left", filters=tree, scorers=scorers, alone=False)
+    assert (left.path / "subset.npy").read_bytes() == (every.path / "subset.npy").read_bytes()
+    assert payload(left)["kept/00000.parquet"] == payload(every)["kept/00000.parquet"]
+
+    def scored(name: str) -> int:
+        scores = pl.read_parquet(tmp_path / f"{name}.cache" / "scores" / "**" / "*.parquet")
+        return scores["clip_ours_similarity_score"].count()
+
+    assert (scored("every"), scored("left")) == (60, 30)
+
+
 def test_scores_need_a_model(tmp_path: Path) -> None:
     with pytest.raises(UnknownColumn, match=r"b32_img, which takes a model: give scorers\.b32"):
         run(
