@@ -19,6 +19,7 @@ from mmfoundry.data.column import Column
 from mmfoundry.data.decode import DecodeLimits, UnreadableSample, decode_image, image_size
 from mmfoundry.data.derived.base import derived_columns
 from mmfoundry.data.perceptual import perceptual_hash
+from mmfoundry.data.pixel_statistics import pixel_entropy
 from mmfoundry.data.sample import RawSample, image_member, read_text
 
 JSON_PREFIX = "json."
@@ -41,6 +42,7 @@ COMPUTED: dict[str, Column] = {
     "image_bytes": Column(pl.UInt64(), "bytes", "size of the encoded image"),
     "sha256": Column(pl.Binary(), "bytes", "SHA-256 of the image's bytes"),
     "perceptual_hash": Column(pl.Binary(), "pixels", "512 bits; few differ between pictures that look the same"),
+    "pixel_entropy": Column(pl.Float32(), "pixels", "Shannon entropy of the grey levels, bits a pixel, 0 to 8"),
     "pixel_deviation": Column(pl.Float32(), "pixels", "standard deviation of the pixels, largest over R, G, B; of 255"),
 }
 METADATA: dict[str, Column] = {
@@ -58,15 +60,19 @@ _SCORED = (  # what a scorer called NAME makes; DataComp's metadata has them for
         Column(pl.List(pl.Float32()), "model", "a CLIP's embedding of image or caption"),
     ),
 )
+_FOUND = (  # what heads and detectors make
+    (re.compile(r"text_area"), Column(pl.Float32(), "model", "share of the image that detected text covers")),
+    (re.compile(r"\w+_score"), Column(pl.Float32(), "model", "what a head of this name gives")),
+)
 
 
 def column_named(name: str) -> Column | None:
-    """The column of this name, also one of a scorer or `json.NAME`; None if there can be none."""
+    """The column of this name, also one of a scorer, head or detector, or `json.NAME`; None if there can be none."""
     if name.startswith(JSON_PREFIX):
         return Column(pl.String(), "text", "a plain value of the sample's JSON, as text")
     if name in COLUMNS:
         return COLUMNS[name]
-    return next((column for pattern, column in _SCORED if pattern.fullmatch(name)), None)
+    return next((column for pattern, column in (*_SCORED, *_FOUND) if pattern.fullmatch(name)), None)
 
 
 def scorer_of(column: str) -> str | None:
@@ -170,6 +176,8 @@ def _image_columns(data: bytes, columns: frozenset[str], limits: DecodeLimits) -
             found["aspect"] = max(width, height) / min(width, height) if width and height else None
         if needs(columns, "pixels"):
             pixels = decode_image(data, limits)
+            if "pixel_entropy" in columns:
+                found["pixel_entropy"] = pixel_entropy(pixels)
             if "pixel_deviation" in columns:
                 found["pixel_deviation"] = pixel_deviation(pixels)
             if "perceptual_hash" in columns:

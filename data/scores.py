@@ -195,10 +195,11 @@ def _look(pool: Pool, pictures: Sequence[int], scoring: Scoring, limits: DecodeL
         found.decoded[:] = True  # captions only: nobody looks
     for (name, masked), batch in batches.items():
         (found.masked if masked else found.plain)[name] = batch.finish()
-    for name, masked_rows in found.masked.items():  # without text the picture is its own masked one
-        unmasked = np.ones(len(pictures), bool)
-        unmasked[batches[name, True].numbers] = False
-        masked_rows[unmasked] = found.plain[name][unmasked]
+    for name, rows in found.masked.items():  # without text the picture is its own masked one
+        numbers = batches[name, True].numbers
+        found.masked[name] = found.plain[name].copy()
+        if numbers:
+            found.masked[name][numbers] = rows[numbers]
     return found
 
 

@@ -21,7 +21,7 @@ from typing import Literal, NamedTuple
 import polars as pl
 from pydantic import Field, field_validator
 
-from mmfoundry.data.columns import COLUMNS, COMPUTED, JSON_PREFIX
+from mmfoundry.data.columns import COMPUTED, JSON_PREFIX, column_named
 from mmfoundry.data.filters.base import FILTERS, Filter
 from mmfoundry.pipeline.errors import ConfigError, UnknownColumn
 from mmfoundry.pipeline.registry import unknown
@@ -170,7 +170,7 @@ def _member(left: _Value, node: ast.expr, text: str) -> pl.Expr:
 
 
 def _column(name: str) -> _Value:
-    column = COLUMNS.get(name)
+    column = column_named(name)
     if column is None:
         raise UnknownColumn(f"{unknown('column', name, list(COMPUTED))}; a field of the sample's JSON is json.{name}")
     if column.dtype.is_numeric():

@@ -167,6 +167,13 @@ def test_masked_scores_are_of_the_picture_without_its_text(shard: Path) -> None:
     assert encoder.prepared == 8 + sum(smooth(n)[0, 0, 0] < 128 for n in range(11) if n not in (2, 4, 6))
 
 
+def test_a_shard_without_any_text_has_masked_scores(shard: Path) -> None:
+    columns = frozenset({similarity("m"), similarity("m", masked=True)})
+    found = score(shard, columns=columns, encoders={"m": Means()}, text=lambda pixels: NO_REGIONS)
+    assert found[similarity("m")].equals(found[similarity("m", masked=True)])
+    assert found[similarity("m")].is_not_null().any()
+
+
 def test_heads_read_pictures_or_captions(shard: Path) -> None:
     first: Callable[[np.ndarray], np.ndarray] = lambda rows: rows[:, 0]  # noqa: E731
     found = score(
