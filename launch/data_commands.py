@@ -196,3 +196,53 @@ def convert(
         reasons[reason] += count
     for reason, count in reasons.most_common():
         print(f"  {count} x {reason}")
+
+
+@data_app.command()
+def reshard(
+    pool: ShardNames,
+    subset: Annotated[Path, typer.Option("--subset", help="uids to take: a `subset.npy`, as DataComp publishes them.")],
+    output: Annotated[Path, typer.Option("--output", help="Folder for the new shards.")],
+    faces: Annotated[
+        Path | None, typer.Option(help="Parquet with uid and face_bboxes: these places are blurred.")
+    ] = None,
+    max_count: Annotated[int, typer.Option(min=1, help="Samples per shard, at most.")] = 10_000,
+    max_bytes: Annotated[int, typer.Option(min=1, help="Bytes per shard, about.")] = 1 << 30,
+    max_unreadable: Annotated[
+        float, typer.Option(min=0, max=1, help="Fraction of the pool's samples that may be unreadable.")
+    ] = 0.01,
+    executor: Annotated[str, typer.Option(help="Who does it: local, or ray.")] = "local",
+    ray_address: Annotated[str | None, typer.Option(help="Of the cluster; of this machine when left out.")] = None,
+    num_workers: Annotated[int | None, typer.Option(min=1, help="Shards at a time; one a core when left out.")] = None,
+    index_dir: IndexDir = None,
+) -> None:
+    """Write the samples of a subset into new shards; a uid that it has several times is written as often.
+
+    What the pool lacks, has twice or cannot give is counted, and told in `reshard.json`.
+
+    Example: `mmfoundry data reshard data/samples/pool-*.tar --subset runs/try/filter/subset.npy --output curated`
+    """
+    from mmfoundry.data.executors import make_executor
+    from mmfoundry.data.new_shards import ReshardOptions
+    from mmfoundry.data.reader import Pool
+    from mmfoundry.data.resharding import reshard as write
+    from mmfoundry.pipeline.errors import ConfigError
+
+    if executor not in ("local", "ray"):
+        raise ConfigError(f"--executor {executor}: local or ray")
+    options = ReshardOptions(
+        max_count=max_count, max_bytes=max_bytes, max_unreadable=max_unreadable, faces=faces, index_dir=index_dir
+    )
+    source = Pool(list(pool), index_dir=index_dir)
+    with make_executor(executor, num_workers, ray_address) as workers:  # type: ignore[arg-type]
+        found = write(source, subset, output, workers, options)
+    print(f"{found.written} samples in {found.shards} shards, of {found.asked} that the subset asks for")
+    told = {
+        "uids are not in the pool": found.missing,
+        "samples left out since an earlier one has their uid": found.repeated,
+        "of these uids stand for different samples": found.conflicting,
+        **{f"unreadable: {reason}": count for reason, count in found.unreadable.most_common()},
+    }
+    for what, count in told.items():
+        if count:
+            print(f"  {count} x {what}")

@@ -30,7 +30,11 @@ def report(artifact: Artifact, name: str) -> StageReport:
     body = [_funnel(funnel)]
     if truth:
         body += [tag("h3", "What was caught, and what was lost"), _kinds(truth)]
-    body += [tag("h3", "Kept and dropped, filter by filter"), _pictures(artifact, funnel)]
+    if funnel["overlap"]:
+        body += _overlaps(funnel)
+    body += _troubles(funnel)
+    if (artifact.path / EXAMPLES).is_file():  # a pool of metadata alone has no pictures
+        body += [tag("h3", "Kept and dropped, filter by filter"), _pictures(artifact, funnel)]
     intro = (
         f"Each filter sees what the ones before it left. Of {total:,} pairs ({funnel['captions']:,} captions), "
         f"{kept:,} go on ({funnel['captions_kept']:,} captions)."
@@ -44,9 +48,50 @@ def _funnel(funnel: dict[str, Any]) -> Markup:
     rows = []
     for one in funnel["filters"]:
         step, alone = one["sequence"], one["alone"]
-        text = f"{step['kept']:,} left · drops {step['dropped']:,} (alone {alone['dropped']:,})"
+        by_itself = f" (alone {alone['dropped']:,})" if alone else ""
+        text = f"{step['kept']:,} left · drops {step['dropped']:,}{by_itself}"
         rows.append((one["name"], step["kept"], step["dropped"], text))
     return bars(rows, funnel["samples"])
+
+
+def _overlaps(funnel: dict[str, Any]) -> list[Markup]:
+    """How much of what each filter drops alone the others drop as well."""
+    names, both = funnel["overlap"]["filters"], funnel["overlap"]["dropped_by_both"]
+    active = [number for number in range(len(names)) if both[number][number]]
+    if len(active) < 2:
+        return []
+    rows = []
+    for place, row in enumerate(active, 1):
+        cells = []
+        for column in active:
+            count, share = both[row][column], both[row][column] / both[row][row]
+            title = f"{names[row]} drops {both[row][row]:,}; {percent(share)} of these {names[column]} drops, too"
+            shade = None if row == column else f"--share:{100 * share:.1f}%"
+            cells.append(tag("td", f"{count:,}" if count else "·", class_="num", style=shade, title=title))
+        rows.append(tag("tr", tag("th", f"{place}  {names[row]}"), cells))
+    head = tag(
+        "tr", tag("th", "dropped, each filter alone, by both of"), [tag("th", n + 1) for n in range(len(active))]
+    )
+    grid = tag("table", tag("thead", head), tag("tbody", rows), class_="overlap")
+    text = (
+        "Samples that two filters both drop, each applied to the whole pool by itself; on the diagonal, all that one "
+        "drops. The darker, the larger the part of the row's samples that the column's filter drops as well."
+    )
+    return [tag("h3", "Where filters overlap"), tag("p", text), tag("div", grid, class_="scroll")]
+
+
+def _troubles(funnel: dict[str, Any]) -> list[Markup]:
+    """What could not be read, and uids that stand for several samples; nothing where there is nothing to tell."""
+    rows: list[list[Any]] = []
+    rows += [[f"sample: {reason}", count] for reason, count in funnel["unreadable"].items()]
+    rows += [[f"place in a shard: {reason}", count] for reason, count in funnel["damaged"].items()]
+    repeated = funnel.get("repeated_uids") or {}
+    if repeated.get("samples"):
+        rows.append(["samples whose uid an earlier one has", repeated["samples"]])
+    if repeated.get("conflicting"):
+        examples = ", ".join(repeated["examples"])
+        rows.append([f"uids that stand for different samples, e.g. {examples}", repeated["conflicting"]])
+    return [tag("h3", "What is wrong with the pool"), table(["found", "how many"], rows)] if rows else []
 
 
 def _kinds(truth: dict[str, Any]) -> Markup:

@@ -108,6 +108,22 @@ def test_convert_says_what_it_wrote_and_left_out(quick: Command, shard: Path) ->
     assert "1 x unknown image format; they are listed in out2/left_out.jsonl" in refused.stderr
 
 
+def test_reshard_says_what_it_took_and_lacks(quick: Command, shard: Path) -> None:
+    from mmfoundry.data.decode import DecodeLimits
+    from mmfoundry.data.filters.subset import write_subset
+    from mmfoundry.data.table import Request, describe_shard
+
+    uids = describe_shard(Request(frozenset(), DecodeLimits()), 0, shard)[0]["uid"].unique(maintain_order=True)
+    write_subset([uids[3], uids[1], uids[1], "f" * 32], shard.parent.parent / "subset.npy")
+    done = quick("data", "reshard", "shards", "--subset", "subset.npy", "--output", "out", "--num-workers", "1")
+    assert done.stdout == ("3 samples in 1 shards, of 4 that the subset asks for\n  1 x uids are not in the pool\n"), (
+        done.stderr
+    )
+    assert quick("data", "keys", "out").stdout.splitlines() == [uids[1], f"{uids[1]}-1", uids[3]]
+    refused = quick("data", "reshard", "shards", "--subset", "subset.npy", "--output", "out", "--executor", "spark")
+    assert (refused.returncode, refused.stderr) == (2, "error: --executor spark: local or ray\n")
+
+
 def test_the_demo_recipe_and_the_examples_of_help_are_valid(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(ROOT)
     examples = [f"{stage}.{key}" for stage, keys in EXAMPLES.items() for key in keys.split()]
