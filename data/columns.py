@@ -201,11 +201,13 @@ def _json_value(meta: Mapping[str, Any], column: str) -> Any:
     """A column that the sample's JSON has; null where it is not there or of another kind."""
     value = meta.get(column.removeprefix(JSON_PREFIX))
     if column == "face_bboxes":
-        return value if _is_boxes(value) else None
+        return [[float(side) for side in box] for box in value] if _is_boxes(value) else None
     if column not in METADATA and not column.startswith(JSON_PREFIX):
         return float(value) if isinstance(value, int | float) and not isinstance(value, bool) else None
     if isinstance(value, str):
         return value
+    if not column.startswith(JSON_PREFIX):
+        return None
     return json.dumps(value) if isinstance(value, bool | int | float) else None
 
 

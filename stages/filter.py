@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import dataclasses
 import itertools
 import json
 import os
 import time
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -26,10 +27,10 @@ from mmfoundry.data.filters.funnel import funnel_of, truth_metrics
 from mmfoundry.data.filters.plan import Step, steps_of
 from mmfoundry.data.filters.subset import write_subset
 from mmfoundry.data.filters.tree import parse_filter
+from mmfoundry.data.new_shards import ReshardOptions
 from mmfoundry.data.parts import Part, TablePart, metadata_files, metadata_parts
 from mmfoundry.data.reader import Pool
-from mmfoundry.data.reshard import curated_samples
-from mmfoundry.data.shards import write_shards
+from mmfoundry.data.resharding import reshard
 from mmfoundry.data.table import Request, write_parquet
 from mmfoundry.data.table_cache import TableCache
 from mmfoundry.pipeline.artifact import Artifact, write_atomic
@@ -50,6 +51,7 @@ from mmfoundry.stages.filter_passes import (
     score_shards,
     truth_of_pool,
     workers_for,
+    write_new_shards,
 )
 from mmfoundry.stages.filter_scorers import ScoringConfig
 
@@ -77,6 +79,13 @@ class FilterConfig(ScoringConfig, StageConfig):
         True, description="write the kept and the dropped rows (always done for tars); false: only uids and the account"
     )
     reshard: bool = Field(True, description="write the kept samples into new shards, beside the list of their uids")
+    shards: ShardsRef | None = Field(
+        None,
+        description="where `pool` is metadata: the tars that it tells of; null: only uids come out",
+    )
+    blur_faces: bool = Field(
+        False, description="blur what `face_bboxes` marks in the new shards, as DataComp's downloader does"
+    )
     max_shard_samples: int = Field(10_000, ge=1, description="samples a new shard, at most")
     max_shard_bytes: int = Field(1 << 30, ge=1, description="bytes a new shard, at most")
     examples: int = Field(12, ge=0, description="pictures kept, and as many dropped, shown for each filter")
@@ -126,7 +135,15 @@ class FilterConfig(ScoringConfig, StageConfig):
     def scored(self) -> frozenset[str]:
         """The columns that models compute for these filters, or for the outputs."""
         made = self.columns().keys()
-        return (sources_of(self.tree().columns()) & made) | self.written()
+        return (sources_of(self.tree().columns() | self.outputs()) & made) | self.written()
+
+    def new_shards(self) -> ReshardOptions:
+        """How kept samples go into new shards."""
+        return ReshardOptions(self.max_shard_samples, self.max_shard_bytes, self.max_unreadable)
+
+    def outputs(self) -> frozenset[str]:
+        """The columns of `kept/`, besides those that filters read."""
+        return self.written() | ({"face_bboxes"} if self.blur_faces else frozenset())
 
     def limits(self) -> DecodeLimits:
         """What an image may weigh."""
@@ -167,28 +184,24 @@ def _on_tars(config: FilterConfig, context: RunContext) -> Artifact:
             parts = score_shards(pool, parts, config.scored(), config.scoring(), request, cache, workers, before)
         truth = truth_of_pool(parts)
         judging, counted = _judge(config, context, steps, parts, cache, workers, bool(truth.height))
-    if counted is None:
-        return context.finish({})
-    funnel = _account(config, context, judging, parts, counted, damaged, truth)
-    candidates = pl.concat([one.candidates for one in counted])
-    examples = examples_of(candidates, [name for name, _ in steps], pool, config.examples, config.limits())
-    write_parquet(examples, context.work / "examples.parquet")
-    for part in parts:
-        _link(part.tables[0], context.work / "table" / f"{part.number:05d}.parquet")
-    if config.reshard:
-        write_shards(
-            _curated(pool, context.work / "kept", len(parts)),
-            context.work / "shards",
-            max_count=config.max_shard_samples,
-            max_bytes=config.max_shard_bytes,
-        )
+        if counted is None:
+            return context.finish({})
+        funnel = _account(config, context, judging, parts, counted, damaged, truth)
+        candidates = pl.concat([one.candidates for one in counted])
+        examples = examples_of(candidates, [name for name, _ in steps], pool, config.examples, config.limits())
+        write_parquet(examples, context.work / "examples.parquet")
+        for part in parts:
+            _link(part.tables[0], context.work / "table" / f"{part.number:05d}.parquet")
+        if config.reshard:
+            rows = _kept_rows(context.work / "kept", len(parts), config.blur_faces)
+            write_new_shards(pool, rows, context.work / "shards", config.new_shards(), workers, unreadable)
     return _finish(config, context, cache, began, funnel, unreadable.found.total())
 
 
 def _on_metadata(config: FilterConfig, context: RunContext, files: Sequence[Path]) -> Artifact:
     cache, began = _cache(config, context)
     steps = steps_of(config.tree())
-    parts, broken = metadata_parts(files, sources_of(config.tree().columns()))
+    parts, broken = metadata_parts(files, sources_of(config.tree().columns() | config.outputs()))
     rows = [part.count for part in parts]
     lost = mean_rows([sum(rows) // max(len(files) - len(broken), 1)])
     damaged = Counter({"metadata file cannot be read": lost * len(broken)}) if broken else Counter()
@@ -196,11 +209,13 @@ def _on_metadata(config: FilterConfig, context: RunContext, files: Sequence[Path
     unreadable.add(damaged, f"{next(iter(broken))}: {next(iter(broken.values()))}" if broken else "")
     with workers_for(context, config.executor, config.num_workers, config.ray_address, sum(rows)) as workers:
         judging, counted = _judge(config, context, steps, parts, cache, workers, False)
-    if counted is None:
-        return context.finish({})
-    for one in counted:
-        unreadable.add(one.account.unreadable)
-    funnel = _account(config, context, judging, parts, counted, damaged, None)
+        if counted is None:
+            return context.finish({})
+        for one in counted:
+            unreadable.add(one.account.unreadable)
+        funnel = _account(config, context, judging, parts, counted, damaged, None)
+        if config.reshard and config.shards is not None:
+            _reshard_by_uid(config, context, workers)
     return _finish(config, context, cache, began, funnel, unreadable.found.total())
 
 
@@ -216,7 +231,7 @@ def _columns_of_tars(config: FilterConfig) -> frozenset[str]:
     Raises:
         UnknownColumn: a filter reads what only a model can tell, and none is configured.
     """
-    columns = sources_of(config.tree().columns()) - config.scored()
+    columns = sources_of(config.tree().columns() | config.outputs()) - config.scored()
     for name in sorted(columns):
         known = column_named(name)
         if known is not None and known.needs == "model" and not is_similarity(name):
@@ -236,9 +251,9 @@ def _judge(
 ) -> tuple[Judging, list[Counted] | None]:
     judging = Judging(tuple(steps), config.alone, pool_digest(parts), cache)
     run_passes(judging, parts, workers)
-    columns = sorted(config.tree().columns() | config.written())
+    columns = sorted(config.tree().columns() | config.outputs())
     of_tars = any(isinstance(part, TablePart) for part in parts)
-    outputs = context.work if of_tars or config.tables else None
+    outputs = context.work if of_tars or config.tables or config.blur_faces else None
     examples = config.examples if of_tars else 0  # metadata has no pictures to show
     return judging, count_parts(judging, parts, outputs, columns, examples, truth and config.alone, workers)
 
@@ -319,11 +334,28 @@ def _link(path: Path, place: Path) -> None:
         write_atomic(place, path.read_bytes())
 
 
-def _curated(pool: Pool, kept: Path, parts: int) -> Iterator[dict[str, Any]]:
-    """The samples of the new shards; the kept pairs of one shard in memory at a time."""
+def _kept_rows(kept: Path, parts: int, faces: bool) -> pl.DataFrame:
+    """The samples of the new shards: uid, place, the captions that stay and, if they are to be blurred, the faces."""
+    columns = ["uid", "index", "caption_index", *(["face_bboxes"] if faces else [])]
+    found = []
     for number in range(parts):
-        rows = pl.read_parquet(kept / f"{number:05d}.parquet", columns=["uid", "index", "caption_index"])
-        yield from curated_samples(pool, rows.with_columns(shard=pl.lit(number, pl.UInt32)))
+        rows = pl.read_parquet(kept / f"{number:05d}.parquet", columns=columns)
+        samples = rows.group_by("index", maintain_order=True).agg(
+            pl.col("uid", *columns[3:]).first(), pl.col("caption_index").alias("captions")
+        )
+        found.append(samples.with_columns(shard=pl.lit(number, pl.UInt32)))
+    return pl.concat(found)
+
+
+def _reshard_by_uid(config: FilterConfig, context: RunContext, workers: Workers) -> None:
+    """New shards from tars beside the metadata, by the uids that are kept."""
+    pool = Pool(context.shards("shards"), name=config.shards or "")
+    options = dataclasses.replace(config.new_shards(), faces=context.work / "kept" if config.blur_faces else None)
+    found = reshard(pool, context.work / "subset.npy", context.work / "shards", workers.executor, options)
+    context.log.say(
+        f"filter: {found.written} samples in {found.shards} new shards; {found.missing} of the kept uids are not in "
+        f"{config.shards}"
+    )
 
 
 def _summary(metrics: dict[str, float]) -> str:

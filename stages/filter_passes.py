@@ -34,6 +34,7 @@ from mmfoundry.data.filter_jobs import (
 from mmfoundry.data.filters.dedup import UniqueUid
 from mmfoundry.data.filters.plan import Step, Turn
 from mmfoundry.data.index import ShardIndex
+from mmfoundry.data.new_shards import ReshardOptions, shard_jobs, write
 from mmfoundry.data.parts import Part, TablePart
 from mmfoundry.data.reader import Pool
 from mmfoundry.data.shard_names import shown
@@ -297,6 +298,24 @@ def count_parts(
             workers.executor.map(count, jobs, done)
     barrier(context.runtime.group)
     return [found[number] for number in range(len(parts))] if context.runtime.is_main else None
+
+
+def write_new_shards(
+    pool: Pool, rows: pl.DataFrame, folder: Path, options: ReshardOptions, workers: Workers, unreadable: Unreadable
+) -> None:
+    """Write samples of a pool into new shards; on the main rank only.
+
+    Raises:
+        TooManyUnreadable: past the limit, samples that could be read before cannot any more.
+    """
+    jobs = shard_jobs(pool, rows, folder, options)
+    with workers.context.progress(rows.height, "filter: writing shards") as bar:
+
+        def done(number: int, result: tuple[int, Counter[str]]) -> None:
+            bar.advance(jobs[number].rows.height)
+            unreadable.add(result[1])
+
+        workers.executor.map(write, jobs, done)
 
 
 def repeated_uids(judging: Judging) -> dict[str, Any]:

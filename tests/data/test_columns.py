@@ -5,16 +5,28 @@ import json
 from pathlib import Path
 
 import numpy as np
+import polars as pl
 import pytest
 from PIL import Image
 
 from mmfoundry.data import columns
-from mmfoundry.data.columns import COLUMNS, languages_of, pixel_deviation, rows_of, schema, uid_of
+from mmfoundry.data.columns import (
+    COLUMNS,
+    COMPUTED,
+    IDENTITY,
+    column_named,
+    is_similarity,
+    pixel_deviation,
+    rows_of,
+    schema,
+    scorer_of,
+    uid_of,
+)
 from mmfoundry.data.decode import DecodeLimits
 from mmfoundry.data.sample import RawSample
 from tests.data.conftest import encode, smooth
 
-EVERY = frozenset(COLUMNS)
+EVERY = frozenset(COMPUTED) | set(IDENTITY)  # what a sample's own bytes tell
 SHARD = Path("pool/shard-00000.tar")
 
 
@@ -28,10 +40,7 @@ def test_columns_of_a_good_sample() -> None:
     sample = raw({"uid": "AB" * 16, "captions": ["a red  apple ", "two"], "similarity": 0.25}, png=png, txt=b"not read")
     rows = rows_of(sample, 3, 7, EVERY | {"json.similarity"}, DecodeLimits())
     assert [row["caption"] for row in rows] == ["a red  apple", "two"]
-    assert [(row["caption_index"], row["caption_words"], row["caption_characters"]) for row in rows] == [
-        (0, 3, 12),
-        (1, 1, 3),
-    ]
+    assert [row["caption_index"] for row in rows] == [0, 1]
     first = rows[0]
     assert (first["uid"], first["key"], first["shard"], first["index"]) == ("ab" * 16, "000001", 3, 7)
     assert (first["width"], first["height"], first["aspect"]) == (50, 20, 2.5)
@@ -39,7 +48,7 @@ def test_columns_of_a_good_sample() -> None:
     assert (first["image_bytes"], len(first["perceptual_hash"])) == (len(png), 64)
     assert first["json.similarity"] == "0.25"
     assert first["unreadable"] is None
-    assert set(first) - {"json.similarity"} == EVERY - {"language", "language_probability", "clip_score"}
+    assert set(first) - {"json.similarity"} == EVERY
 
 
 def test_only_what_is_asked_for_is_computed(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -48,9 +57,9 @@ def test_only_what_is_asked_for_is_computed(monkeypatch: pytest.MonkeyPatch) -> 
 
     monkeypatch.setattr(columns, "decode_image", never)
     cut = encode(smooth(1))[:-80]  # the header is there, the last pixels are not
-    row = rows_of(raw(png=cut, txt=b"a b c"), 0, 0, frozenset({"width", "caption_words"}), DecodeLimits())[0]
-    assert (row["width"], row["caption_words"], row["unreadable"]) == (16, 3, None)
-    assert not {"height", "sha256", "perceptual_hash", "caption_characters"} & set(row)
+    row = rows_of(raw(png=cut, txt=b"a b c"), 0, 0, frozenset({"width"}), DecodeLimits())[0]
+    assert (row["width"], row["unreadable"]) == (16, None)
+    assert not {"height", "sha256", "perceptual_hash"} & set(row)
     monkeypatch.setattr(columns, "image_size", never)
     assert rows_of(raw(png=b"?", txt=b"a"), 0, 0, frozenset({"sha256"}), DecodeLimits())[0]["unreadable"] is None
 
@@ -118,26 +127,6 @@ def test_plain_values_of_the_json_are_text(value: object, text: str | None) -> N
     assert row["json.field"] == text
 
 
-def test_languages() -> None:
-    captions = [
-        "a dog that runs along the beach",
-        "ein Hund läuft am Strand entlang",
-        "これは犬の写真です",
-        "a dog\nthat runs along\nthe beach",
-        "",
-        "🍎🍎",
-        "\x00",
-        "lone surrogate \ud800 in a long english sentence",
-        "word " * 20_000,
-    ]
-    codes, probabilities = languages_of(captions)
-    assert codes[:4] == ["en", "de", "ja", "en"]
-    assert codes[4:7] == ["en"] * 3  # the model's prior, as in DataComp's code
-    assert codes[7] == "en"
-    assert all(0 < p <= 1 for p in probabilities)
-    assert max(probabilities[4:7]) < 0.2
-
-
 def test_deviation_is_numpys() -> None:
     pixels = np.random.default_rng(0).integers(0, 256, (31, 17, 3), dtype=np.uint8)
     pixels[..., 1] //= 3
@@ -151,3 +140,31 @@ def test_schema_has_identity_and_what_was_asked_for() -> None:
     assert names[-4:] == ["width", "height", "json.a", "json.b"]
     assert names[0] == "uid"
     assert all(column.about for column in COLUMNS.values())
+
+
+def test_what_the_pools_json_says(tmp_path: Path) -> None:
+    """Values that DataComp's metadata has, where a sample's own JSON has them; null where they are of another kind."""
+    asked = frozenset({"url", "face_bboxes", "clip_b32_similarity_score", "json.similarity"})
+    good = {
+        "url": "https://x/1.jpg",
+        "face_bboxes": [[0, 0.1, 0.5, 1]],
+        "clip_b32_similarity_score": 0.3,
+        "similarity": 1,
+    }
+    odd = {"url": 3, "face_bboxes": [[0, 1]], "clip_b32_similarity_score": True, "similarity": [1]}
+    rows = [rows_of(raw(meta, png=b"?"), 0, 0, asked, DecodeLimits())[0] for meta in (good, odd, {})]
+    table = pl.DataFrame(rows, schema=schema(asked), orient="row").select(sorted(asked))
+    assert table.rows() == [
+        (0.3, [[0.0, 0.1, 0.5, 1.0]], "1", "https://x/1.jpg"),
+        (None, None, None, None),
+        (None, None, None, None),
+    ]
+
+
+def test_columns_by_name() -> None:
+    for name in ("uid", "language", "clip_any_similarity_score", "l14_img", "any_txt", "json.whatever"):
+        assert column_named(name) is not None, name
+    assert column_named("widht") is None
+    assert (scorer_of("l14_img"), scorer_of("clip_b32_similarity_score"), scorer_of("width")) == ("l14", "b32", None)
+    assert is_similarity("clip_b32_similarity_score")
+    assert not is_similarity("b32_img")
