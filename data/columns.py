@@ -201,7 +201,7 @@ def _json_value(meta: Mapping[str, Any], column: str) -> Any:
     """A column that the sample's JSON has; null where it is not there or of another kind."""
     value = meta.get(column.removeprefix(JSON_PREFIX))
     if column == "face_bboxes":
-        return [[float(side) for side in box] for box in value] if _is_boxes(value) else None
+        return _as_boxes(value)
     if column not in METADATA and not column.startswith(JSON_PREFIX):
         return float(value) if isinstance(value, int | float) and not isinstance(value, bool) else None
     if isinstance(value, str):
@@ -211,7 +211,10 @@ def _json_value(meta: Mapping[str, Any], column: str) -> Any:
     return json.dumps(value) if isinstance(value, bool | int | float) else None
 
 
-def _is_boxes(value: Any) -> bool:
+def _as_boxes(value: Any) -> list[list[float]] | None:
+    """Boxes of four numbers each; None for what is none."""
     if not isinstance(value, list) or not all(isinstance(box, list) and len(box) == 4 for box in value):
-        return False
-    return all(isinstance(side, int | float) and not isinstance(side, bool) for box in value for side in box)
+        return None
+    if any(isinstance(side, bool) or not isinstance(side, int | float) for box in value for side in box):
+        return None
+    return [[float(side) for side in box] for box in value]

@@ -2,6 +2,7 @@
 
 import json
 from collections.abc import Callable
+from multiprocessing import reduction
 from pathlib import Path
 from typing import Any
 
@@ -216,7 +217,5 @@ def test_nothing_kept(pool: Path, tmp_path: Path) -> None:
 
 
 def test_parts_are_sent_to_workers_without_their_rows() -> None:
-    import pickle
-
     part = MetadataPart(0, "a.parquet", "0" * 32, Path("a.parquet"), 0, 10)
-    assert len(pickle.dumps(part)) < 500
+    assert len(reduction.ForkingPickler.dumps(part)) < 500
