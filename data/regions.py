@@ -40,7 +40,8 @@ def _inside(corners: np.ndarray, height: int, width: int) -> tuple[slice, slice,
     for (x0, y0), (x1, y1) in zip(corners, np.roll(corners, -1, axis=0), strict=True):
         sides.append((x1 - x0) * (y - y0) - (y1 - y0) * (x - x0))
     # on one hand of all sides, whichever way around the corners are given
-    inside = (np.stack(sides) >= 0).all(axis=0) | (np.stack(sides) <= 0).all(axis=0)
+    hands = np.stack(sides)
+    inside = np.asarray((hands >= 0).all(axis=0) | (hands <= 0).all(axis=0))
     return slice(low[1], high[1]), slice(low[0], high[0]), inside
 
 

@@ -34,6 +34,7 @@ RANK_MODULES = {
 REGISTRIES = {
     "objective": ("mmfoundry.models.objectives", "OBJECTIVES"),
     "filter": ("mmfoundry.data.filters.base", "FILTERS"),
+    "detector": ("mmfoundry.data.detectors.base", "DETECTORS"),
     "connector": ("mmfoundry.models.connectors", "CONNECTORS"),
     "optimizer": ("mmfoundry.pipeline.optimizers", "OPTIMIZERS"),
     "eval": ("mmfoundry.evals.task", "EVAL_TASKS"),
