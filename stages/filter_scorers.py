@@ -198,8 +198,15 @@ def score_shard(job: ScoreJob) -> None:
     """
     if missing := job.columns - job.config.columns().keys():
         raise ConfigError(f"no scorer, head or detector makes {', '.join(sorted(missing))}")
-    if job.num_threads is not None:
-        torch.set_num_threads(job.num_threads)
+    before = torch.get_num_threads()
+    torch.set_num_threads(job.num_threads or before)
+    try:
+        write_parquet(_scores(job), job.output)
+    finally:
+        torch.set_num_threads(before)  # a stage that trains may come next in this process
+
+
+def _scores(job: ScoreJob) -> pl.DataFrame:
     table = pl.read_parquet(job.table, columns=list(_READ))
     if job.only is not None:
         keep = pl.read_parquet(job.only, columns=["keep"])["keep"].fill_null(False)
@@ -207,12 +214,10 @@ def score_shard(job: ScoreJob) -> None:
         table = table.with_columns(unreadable=left_out)
     if table["unreadable"].is_null().any():
         pool = Pool(job.shard, index_dir=job.index_dir)
-        scores = score_pairs(pool, table, scoring_of(job), job.limits)
-    else:
-        made = job.config.columns()
-        empty = {name: pl.lit(None, made[name].dtype) for name in sorted(job.columns)}
-        scores = table.select(PLACE).with_columns(**empty)
-    write_parquet(scores, job.output)
+        return score_pairs(pool, table, scoring_of(job), job.limits)
+    made = job.config.columns()
+    empty = {name: pl.lit(None, made[name].dtype) for name in sorted(job.columns)}
+    return table.select(PLACE).with_columns(**empty)
 
 
 def scoring_of(job: ScoreJob) -> Scoring:

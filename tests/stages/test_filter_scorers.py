@@ -106,6 +106,19 @@ def test_only_what_is_asked_for_is_loaded(models: Path, tmp_path: Path, monkeypa
     assert again.encoders["b"] is seen[0].encoders["b"]  # stays loaded
 
 
+def test_the_process_gets_its_threads_back(models: Path, tmp_path: Path) -> None:
+    before = torch.get_num_threads()
+    torch.set_num_threads(2)
+    try:
+        score_shard(job(models, tmp_path / "out.parquet", {"a_txt"}))
+        assert torch.get_num_threads() == 2
+        with pytest.raises(ConfigError):
+            score_shard(job(models, tmp_path / "out.parquet", {"c_txt"}))
+        assert torch.get_num_threads() == 2
+    finally:
+        torch.set_num_threads(before)
+
+
 def test_another_process_writes_the_same_bytes(models: Path, tmp_path: Path) -> None:
     columns = {"clip_a_similarity_score", "clip_b_similarity_score", "a_img"}
     score_shard(job(models, tmp_path / "here.parquet", columns))
