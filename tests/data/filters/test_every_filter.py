@@ -22,10 +22,14 @@ PARAMETERS = {
     "not": {"min_side": 2},
     "cap_per_cluster": {"column": "language", "count": 1},
     "clip_score": {"top": 0.5, "model": "b32"},
+    "decontaminate": {"evals": "FOLDER/evals.parquet"},
     "expression": "width > 3",
     "image_based": {"reference": "FOLDER/target.npy", "centroids": "FOLDER/centroids.npy"},
+    "metaclip": {"entries": "FOLDER/lists/en.txt"},
+    "metaclip_worldwide": {"entries": "FOLDER/lists"},
     "names_entity": {"wordnet": "FOLDER/wordnet", "synsets": "FOLDER/ids.txt"},
     "sample": {"count": 1},
+    "semantic_duplicate": {"embedding": "l14_img"},
     "text_based": {"wordnet": "FOLDER/wordnet", "synsets": "FOLDER/ids.txt"},
     "top": {"column": "width", "count": 1},
 }
@@ -40,6 +44,9 @@ def given_files(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
     (folder / "ids.txt").write_text(f"n{offset_of(wordnet, 'noun', 'dog'):08d}\n")
     np.save(folder / "target.npy", np.eye(2, dtype=np.float32)[:1])
     np.save(folder / "centroids.npy", np.eye(2, dtype=np.float32))
+    (folder / "lists").mkdir()
+    (folder / "lists" / "en.txt").write_text("dog\n")
+    pl.DataFrame({"sha256": [b"b" * 32], "perceptual_hash": [b"\xff" * 64]}).write_parquet(folder / "evals.parquet")
     FOLDERS.append(folder)
     yield
     FOLDERS.remove(folder)
