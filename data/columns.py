@@ -133,7 +133,8 @@ def rows_of(
         sample |= _image_columns(data, columns, limits)
     if reason is not None:
         sample["unreadable"] = reason
-    return [sample | {"caption_index": i, "caption": caption} for i, caption in enumerate(captions)] or [sample]
+    rows = [sample | {"caption_index": i, "caption": as_utf8(caption)} for i, caption in enumerate(captions)]
+    return rows or [sample]
 
 
 def unreadable_row(raw: RawSample, shard: int, index: int, reason: str) -> dict[str, Any]:
@@ -197,6 +198,11 @@ def pixel_deviation(pixels: np.ndarray) -> float:
     return float(np.sqrt(variance.max()))
 
 
+def as_utf8(text: str) -> str:
+    """The text with "?" for what cannot be UTF-8: half a surrogate pair, which a JSON's escapes can say."""
+    return text.encode("utf-8", "replace").decode("utf-8")
+
+
 def _json_value(meta: Mapping[str, Any], column: str) -> Any:
     """A column that the sample's JSON has; null where it is not there or of another kind."""
     value = meta.get(column.removeprefix(JSON_PREFIX))
@@ -205,7 +211,7 @@ def _json_value(meta: Mapping[str, Any], column: str) -> Any:
     if column not in METADATA and not column.startswith(JSON_PREFIX):
         return float(value) if isinstance(value, int | float) and not isinstance(value, bool) else None
     if isinstance(value, str):
-        return value
+        return as_utf8(value)
     if not column.startswith(JSON_PREFIX):
         return None
     return json.dumps(value) if isinstance(value, bool | int | float) else None

@@ -13,7 +13,7 @@ import polars as pl
 from mmfoundry.data.blur import blur_image
 from mmfoundry.data.decode import UnreadableSample
 from mmfoundry.data.reader import Pool
-from mmfoundry.data.reshard import rewritten
+from mmfoundry.data.reshard import encoded, rewritten
 from mmfoundry.data.sample import IMAGE_EXTENSIONS, RawSample, image_member
 from mmfoundry.data.shard_names import Shard
 from mmfoundry.data.shards import BLOCK, write_shard
@@ -138,9 +138,8 @@ def _sample(raw: RawSample, row: dict[str, Any]) -> dict[str, Any]:
             raise UnreadableSample("no image")
         kind, blurred = blur_image(data, boxes)
         members = {name: value for name, value in members.items() if name not in IMAGE_EXTENSIONS}
-        meta = members.get("json", b"{}")
-        meta = meta if isinstance(meta, dict) else json.loads(meta)
-        members |= {kind: blurred, "json": meta | {"face_bboxes": boxes}}
+        meta = json.loads(members.get("json", b"{}")) | {"face_bboxes": boxes}
+        members |= {kind: blurred, "json": encoded(meta)}
     return {"__key__": f"{uid}-{copy}" if copy else uid, **members}
 
 

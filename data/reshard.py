@@ -19,15 +19,24 @@ def rewritten(raw: RawSample, uid: str, kept: Collection[int | None] | None) -> 
     """
     captions, _, _ = read_text(raw)
     meta = json.loads(raw.members.get("json", b"{}"))
-    left = captions if kept is None else [caption for i, caption in enumerate(captions) if i in set(kept)]
+    numbers = range(len(captions)) if kept is None else set(kept)
+    left = [caption for i, caption in enumerate(captions) if i in numbers]
     changed: dict[str, Any] = {}
     if len(left) < len(captions):
         if "captions" in meta:
             meta["captions"] = left
         if "txt" in raw.members:
             lines = [line.strip() for line in raw.members["txt"].decode("utf-8", "replace").splitlines()]
-            changed["txt"] = "\n".join([line for line in lines if line in left] or left[:1])
-        changed["json"] = meta
+            changed["txt"] = "\n".join([line for line in lines if line in left] or left[:1]).encode("utf-8", "replace")
+        changed["json"] = encoded(meta)
     if meta.get("uid") != uid:
-        changed["json"] = meta | {"uid": uid}
+        changed["json"] = encoded(meta | {"uid": uid})
     return changed
+
+
+def encoded(meta: dict[str, Any]) -> bytes:
+    """JSON as `write_shards` makes it; half a surrogate pair, which UTF-8 cannot say, stays an escape."""
+    try:
+        return json.dumps(meta, sort_keys=True, ensure_ascii=False).encode("utf-8")
+    except UnicodeEncodeError:
+        return json.dumps(meta, sort_keys=True).encode("ascii")

@@ -11,6 +11,7 @@ import numpy as np
 import polars as pl
 from PIL import Image
 
+from mmfoundry.data.columns import as_utf8
 from mmfoundry.data.decode import DecodeLimits, UnreadableSample, decode_image
 from mmfoundry.data.filters.account import Judgement
 from mmfoundry.data.filters.subset import pairs_of
@@ -110,7 +111,7 @@ def _shown(pool: Pool, number: int, limits: DecodeLimits) -> dict[str, object]:
     captions: list[str] = []
     try:
         raw = pool.get(number)
-        captions = read_text(raw)[0]
+        captions = [as_utf8(caption) for caption in read_text(raw)[0]]
         data = image_member(raw.members)
         if data is None:
             raise UnreadableSample("no image")
