@@ -300,7 +300,7 @@ def count(job: AccountJob) -> Counted:
 
 def _write_rows(job: AccountJob, outputs: Path, plan: Plan, judgement: Judgement) -> None:
     part = job.part
-    asked = {name for name in job.columns if name not in IDENTITY_READ}
+    asked = {name for name in job.columns if name not in (*IDENTITY_READ, "caption")}
     table = part.read(sources_of(asked) | set(IDENTITY_READ) | {"caption"})
     rows = table.with_columns(_derived_columns(job.judging, plan, part, asked)).filter(judgement.pairs["keep"])
     named = pl.lit(part.name).alias("shard")

@@ -70,6 +70,16 @@ def synset_names(wordnet: Path | None = None) -> Iterator[str]:
             yield lemma.lower().partition(".")[0].replace("_", " ")
 
 
+def wordnet_files(wordnet: Path | None = None) -> tuple[Path, ...]:
+    """The files that names of synsets are read from.
+
+    Raises:
+        MissingInput: WordNet is not there.
+    """
+    found = find_wordnet(wordnet)
+    return (found,) if found.suffix == ".zip" else tuple(found / f"data.{part}" for part in PARTS_OF_SPEECH)
+
+
 def read_entries(path: Path) -> list[str]:
     """The entries of a file, each once.
 

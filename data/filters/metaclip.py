@@ -11,7 +11,7 @@ from pydantic import Field
 
 from mmfoundry.data.entry_matching import EntryMatcher
 from mmfoundry.data.filters.base import FILTERS, PoolFilter
-from mmfoundry.data.metadata_list import build_entries, read_entries
+from mmfoundry.data.metadata_list import build_entries, read_entries, wordnet_files
 from mmfoundry.data.uids import high_low, uniform
 from mmfoundry.pipeline.errors import ConfigError, MissingInput, MmfoundryError
 
@@ -40,8 +40,8 @@ class MetaClip(PoolFilter):
         return frozenset({"caption", "caption_index"})
 
     def files(self) -> tuple[Path, ...]:
-        """The list, if it is a file."""
-        return () if self.entries == Path(WORDNET) else (self.entries,)
+        """The list, or WordNet's."""
+        return wordnet_files() if self.entries == Path(WORDNET) else (self.entries,)
 
     def partial(self, table: pl.DataFrame, states: Sequence[pl.DataFrame]) -> pl.DataFrame:
         """The entries in each caption, as numbers in the list."""
@@ -191,9 +191,8 @@ def _counted(partials: Sequence[pl.LazyFrame], count: int) -> np.ndarray:
 def _thinned(counts: np.ndarray, thresholds: np.ndarray, texts: Sequence[str]) -> pl.DataFrame:
     """The entries with a probability below 1."""
     entries = np.flatnonzero(counts > thresholds)
-    keys = [
-        int.from_bytes(hashlib.blake2b(texts[entry].encode(), digest_size=8).digest(), "little") for entry in entries
-    ]
+    chosen = [texts[entry].encode() for entry in entries.tolist()]
+    keys = [int.from_bytes(hashlib.blake2b(text, digest_size=8).digest(), "little") for text in chosen]
     return pl.DataFrame(
         {
             "entry": pl.Series(entries, dtype=pl.UInt32),
