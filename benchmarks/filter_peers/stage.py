@@ -1,0 +1,36 @@
+"""Our side: the `filter` stage, as `mmfoundry filter` runs it.
+
+    python stage.py CONFIG.yaml OUTPUT WORKERS
+
+The clock starts once worker processes are up and modules are imported, as on the peer's side; models are loaded within
+it. Ends with one line of JSON: rows and seconds.
+"""
+
+import json
+import sys
+import time
+from pathlib import Path
+from pkgutil import resolve_name
+
+from mmfoundry.data.executors import make_executor
+from mmfoundry.launch import verbs
+from mmfoundry.launch.catalog import Stages
+from mmfoundry.pipeline.distributed import init_runtime
+from mmfoundry.stages import filter_passes
+
+
+def main(config: str, output: str, workers: str) -> None:
+    """Run the stage."""
+    executor = make_executor("local", int(workers))
+    executor.map(resolve_name, ["mmfoundry.data.filter_jobs:take_pass"] * int(workers) * 2, lambda *_: None)
+    filter_passes.make_executor = lambda *_: executor
+    job = verbs.prepare(Stages(), "filter", Path(config), [f"output={output}", f"num_workers={workers}"])
+    runtime = init_runtime()
+    start = time.perf_counter()
+    artifact = verbs.execute(job, runtime)
+    seconds = time.perf_counter() - start
+    print(json.dumps({"rows": artifact.manifest.metrics["samples"], "seconds": seconds}))
+
+
+if __name__ == "__main__":
+    main(*sys.argv[1:])
