@@ -246,3 +246,36 @@ def reshard(
     for what, count in told.items():
         if count:
             print(f"  {count} x {what}")
+
+
+@data_app.command()
+def entries(
+    output: Annotated[Path, typer.Argument(metavar="OUTPUT", help="The list: JSON, as MetaCLIP's metadata.json.")],
+    text: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--text",
+            help="A text file of entries, one a line; FILE:100 takes those with a score, after a tab, from 100.",
+        ),
+    ] = None,
+    wordnet: Annotated[bool, typer.Option(help="Take the names of WordNet's synsets.")] = True,
+    wordnet_dir: Annotated[
+        Path | None, typer.Option(help="Where WordNet lies; the usual places when left out.")
+    ] = None,
+    max_entries: Annotated[int, typer.Option(min=1, help="Entries, at most.")] = 500_000,
+) -> None:
+    """Write the list of entries that the filter `metaclip` balances by: numbers to 99, WordNet, text files.
+
+    Example: `mmfoundry data entries entries.json --text words.txt:100 --text titles.txt`
+    """
+    from mmfoundry.data.metadata_list import TextSource, build_entries
+    from mmfoundry.pipeline.artifact import write_atomic
+
+    sources = []
+    for one in text or []:
+        path, colon, score = one.rpartition(":")
+        scored = bool(colon) and score.replace(".", "", 1).isdecimal()
+        sources.append(TextSource(path=Path(path if scored else one), min_score=float(score) if scored else None))
+    found = build_entries(sources, wordnet_dir if wordnet else False, max_entries)
+    write_atomic(output, json.dumps(found, ensure_ascii=False) + "\n")
+    print(f"{len(found)} entries in {output}")

@@ -5,8 +5,10 @@ import zipfile
 from pathlib import Path
 
 import pytest
+from typer.testing import CliRunner
 
 from mmfoundry.data.metadata_list import TextSource, build_entries, read_entries, synset_names
+from mmfoundry.launch.cli import app
 from mmfoundry.pipeline.errors import DamagedInput, MissingInput
 
 NOUNS = """  1 This software and database is being provided to you, the LICENSEE, by
@@ -84,3 +86,13 @@ def test_a_missing_list_and_a_bad_score_are_named(tmp_path: Path) -> None:
     (tmp_path / "words.txt").write_text("dog\tmany\n")
     with pytest.raises(DamagedInput, match="line 1"):
         build_entries([TextSource(path=tmp_path / "words.txt")], wordnet=False)
+
+
+def test_the_command_writes_what_the_filter_reads(wordnet: Path, tmp_path: Path) -> None:
+    (tmp_path / "words.txt").write_text("zebra\t100\nyak\t99\n")
+    (tmp_path / "titles.txt").write_text("Mont Blanc\n")
+    texts = ["--text", f"{tmp_path / 'words.txt'}:100", "--text", str(tmp_path / "titles.txt")]
+    arguments = ["data", "entries", str(tmp_path / "out.json"), "--wordnet-dir", str(wordnet), *texts]
+    result = CliRunner().invoke(app, arguments)
+    assert (result.exit_code, result.output.split()[0]) == (0, "106"), result.output
+    assert read_entries(tmp_path / "out.json")[-3:] == ["galore", "zebra", "Mont Blanc"]

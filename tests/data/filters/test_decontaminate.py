@@ -59,6 +59,13 @@ def test_bytes_and_looks_are_found(pictures: Path) -> None:
     assert Decontaminate(evals=[pictures]).keep(pool).to_list() == [False, False, True, None]
 
 
+def test_the_radius_is_inclusive(tmp_path: Path) -> None:
+    bits = [np.packbits([1] * count + [0] * (512 - count)).tobytes() for count in (5, 6)]
+    pl.DataFrame({"perceptual_hash": [bytes(64)]}).write_parquet(tmp_path / "set.parquet")
+    pool = rows(*({"perceptual_hash": one} for one in bits))
+    assert Decontaminate(evals=[tmp_path / "set.parquet"], exact=False, radius=5).keep(pool).to_list() == [False, True]
+
+
 def test_a_broken_file_of_the_set_is_known_by_its_bytes(pictures: Path) -> None:
     broken = {"sha256": hashlib.sha256(b"no picture").digest()}
     # its looks are not known, but its bytes are enough
