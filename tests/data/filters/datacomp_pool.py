@@ -169,6 +169,8 @@ def edge_rows() -> pl.DataFrame:
         (400, 400),
     ]
     rows = [(text, 400, 400, 0.3, 0.3) for text in TEXTS]
+    # one word to fastText and several to Python, or the other way round; often, since clusters decide as well
+    rows += [(text, 400, 400, 0.3, 0.3) for text in ("wedding\u00a0photos", "of\u00a0beautiful", "the\x00wedding") * 12]
     rows += [("the big dog on a beach", width, height, 0.3, 0.3) for width, height in sizes]
     rows += [("the big dog on a beach", 400, 400, b32, l14) for b32 in scores for l14 in scores]
     names = ["text", "original_width", "original_height", "clip_b32_similarity_score", "clip_l14_similarity_score"]
