@@ -13,7 +13,6 @@ from mmfoundry.data.hamming import pairs_that_pass, stay_in_turn
 from mmfoundry.data.uids import high_low, mixed
 
 NUM_HASHES = 64
-_ROWS_A_BAND = 4  # 16 bands: of pairs with a similarity of 0.8, 1 in 5,000 is missed
 _WORD = re.compile(r"\w+")
 _CAPTION = ("high", "low", "caption_index")
 
@@ -117,7 +116,7 @@ def _stays(found: np.ndarray, min_similarity: float) -> np.ndarray:
     mark = mixed(*np.ascontiguousarray(found).view(np.uint64).T)
     first = np.sort(np.unique(mark, return_index=True)[1])  # later rows of an equal signature never stay
     rows = np.ascontiguousarray(found[first])
-    bands = rows.view(np.uint64).T  # four hashes each
+    bands = rows.view(np.uint64).T  # 16 of four hashes: of pairs with a similarity of 0.8, 1 in 5,000 is missed
     pairs = pairs_that_pass(
         (mixed(band) for band in bands),
         lambda one, other: (rows[one] == rows[other]).sum(axis=1) >= min_similarity * NUM_HASHES,
