@@ -183,7 +183,8 @@ def drawn(measured: Sequence[Measured]) -> str:
 
 def _panel(left: int, title: str, points: Sequence[tuple[float, float]], limit: float | None) -> str:
     x_top = points[-1][0]
-    y_top = 1.15 * max(limit or 0.0, *(y for _, y in points))
+    in_line = points[0][1] / points[0][0] * x_top  # at the right end, if time grew as the rows do
+    y_top = 1.15 * max(limit or in_line, *(y for _, y in points))
 
     def at(x: float, y: float) -> tuple[float, float]:
         return round(left + 50 + 280 * x / x_top, 1), round(200 - 160 * y / y_top, 1)
@@ -192,12 +193,16 @@ def _panel(left: int, title: str, points: Sequence[tuple[float, float]], limit: 
     for x, y in points:
         px, py = at(x, y)
         parts.append(f'<circle cx="{px}" cy="{py}" r="4" fill="#0e7c6b"/>')
-        parts.append(f'<text x="{px}" y="{py - 9}" text-anchor="middle">{y:.3g}</text>')
+        parts.append(
+            f'<text x="{px}" y="{py - 9}" text-anchor="middle">{y:.2g}</text>'
+            if y < 1
+            else f'<text x="{px}" y="{py - 9}" text-anchor="middle">{y:.0f}</text>'
+        )
         parts.append(f'<text x="{px}" y="218" text-anchor="middle">{x:g}M</text>')
     line = " ".join("{},{}".format(*at(x, y)) for x, y in [(0.0, 0.0) if limit is None else points[0], *points])
     parts.append(f'<polyline points="{line}" fill="none" stroke="#0e7c6b" stroke-width="1.8"/>')
     parts.append(f'<line x1="{left + 50}" x2="{left + 340}" y1="200" y2="200" stroke="#77858b"/>')
-    ends = (at(0, limit), at(x_top, limit)) if limit else (at(0, 0), at(x_top, points[0][1] / points[0][0] * x_top))
+    ends = (at(0, limit), at(x_top, limit)) if limit else (at(0, 0), at(x_top, in_line))
     (x1, y1), (x2, y2) = ends
     said = "limit" if limit else "in line with the first"
     parts.append(f'<path d="M{x1} {y1}L{x2} {y2}" stroke="#c2571a" stroke-dasharray="4 4" fill="none"/>')
