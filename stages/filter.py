@@ -276,7 +276,7 @@ def _account(
     judgements = [one.judgement for one in counted if one.judgement is not None]
     funnel = funnel_of(judging.steps, account, judgements, truth, config.unseen_kinds)
     names = list(dict.fromkeys(part.name for part in parts))
-    funnel |= {"shards": names, "damaged": dict(sorted(damaged.items())), "repeated_uids": repeated_uids(judging)}
+    funnel |= {"shards": names, "damaged": dict(sorted(damaged.items())), "repeated_uids": repeated_uids(counted)}
     write_atomic(context.work / "funnel.json", json.dumps(funnel, indent=1, ensure_ascii=False) + "\n")
     if not funnel["kept"]:
         worst = max(funnel["filters"], key=lambda row: row["sequence"]["dropped"])

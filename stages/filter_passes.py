@@ -31,8 +31,7 @@ from mmfoundry.data.filter_jobs import (
     take_pass,
     write_kept,
 )
-from mmfoundry.data.filters.dedup import UniqueUid
-from mmfoundry.data.filters.plan import Step, Turn
+from mmfoundry.data.filters.plan import Step
 from mmfoundry.data.index import ShardIndex
 from mmfoundry.data.new_shards import ReshardOptions, shard_jobs, write
 from mmfoundry.data.parts import Part, TablePart
@@ -318,18 +317,16 @@ def write_new_shards(
         workers.executor.map(write, jobs, done)
 
 
-def repeated_uids(judging: Judging) -> dict[str, Any]:
+def repeated_uids(counted: Sequence[Counted]) -> dict[str, Any]:
     """How many uids stand for more than one sample, how many samples that are, and whose captions differ."""
-    plan = judging.plan()
-    number = next(n for n, operation in enumerate(plan.operations) if isinstance(operation.filter, UniqueUid))
-    state = pl.read_parquet(judging.state_path(plan, Turn(number, 0)))
-    conflicting = state.filter(pl.col("captions") > 1)
-    examples = [f"{high:016x}{low:016x}" for high, low in conflicting.select("high", "low").head(10).iter_rows()]
+    repeated = pl.concat([one.repeated for one in counted])
+    by_uid = repeated.group_by("uid").agg(pl.col("captions").n_unique()).sort("uid")
+    conflicting = by_uid.filter(pl.col("captions") > 1)["uid"]
     return {
-        "uids": state.height,
-        "samples": int(state["samples"].sum()),
-        "conflicting": conflicting.height,
-        "examples": examples,
+        "uids": by_uid.height,
+        "samples": repeated.height,
+        "conflicting": len(conflicting),
+        "examples": conflicting.head(10).to_list(),
     }
 
 

@@ -44,34 +44,34 @@ class ExactDuplicate(PoolFilter):
 class UniqueUid(PoolFilter):
     """Of samples with one uid, the first in the pool stays: a uid names one sample.
 
-    Its state says of each repeated uid how many `samples` have it and how many different `captions` (all of a sample's
-    together) they have: more than one is a conflict.
+    Its state has each repeated uid, the place of its first sample, and how many `samples` have it.
     """
 
     def columns(self) -> frozenset[str]:
-        """Place in the pool; captions, to tell repeats from conflicts."""
-        return frozenset({"shard", "index", "caption_index", "caption"})
+        """Place in the pool."""
+        return frozenset({"shard", "index"})
 
     def partial(self, table: pl.DataFrame, states: Sequence[pl.DataFrame]) -> pl.DataFrame:
-        """uid, place and captions of each sample, as numbers."""
-        # shifted, so that the sum over a sample's captions cannot run over
-        mark = pl.struct("caption_index", "caption").hash() // 2**20
-        rows = table.select(*high_low(), _place().alias("place"), mark=mark)
-        if not rows["place"].is_duplicated().any():
-            return rows
-        return rows.group_by("high", "low", "place").agg(pl.col("mark").sum())
+        """uid and place of each sample, as numbers."""
+        rows = table.select(*high_low(), _place().alias("place"))
+        index = table["index"].to_numpy()
+        if (index[1:] == index[:-1]).any():  # several captions a sample
+            rows = rows.unique("place", keep="first", maintain_order=True)
+        return rows
 
     def merge(self, partials: Sequence[pl.LazyFrame], states: Sequence[pl.DataFrame]) -> pl.DataFrame:
         """The first place of each uid that several samples have."""
         return (
             repeated(partials, ["high", "low"])
             .group_by("high", "low")
-            .agg(pl.col("place").min(), samples=pl.len(), captions=pl.col("mark").n_unique())
+            .agg(pl.col("place").min(), samples=pl.len())
             .sort("high", "low")
         )
 
     def judge(self, table: pl.DataFrame, states: Sequence[pl.DataFrame], partials: Sequence[pl.DataFrame]) -> pl.Series:
         """True for the rows of the first sample of each uid."""
+        if not states[0].height:
+            return pl.Series("keep", [True]).new_from_index(0, table.height)
         rows = table.select(*high_low(), here=_place())
         rows = rows.join(states[0], on=["high", "low"], how="left", maintain_order="left")
         return rows.select(keep=(pl.col("place") == pl.col("here")).fill_null(True)).to_series()

@@ -131,6 +131,7 @@ class Plan:
     operations: list[Operation] = field(default_factory=list)
     in_sequence: list[Verdict] = field(default_factory=list)
     alone: list[Verdict] = field(default_factory=list)
+    _keys: dict[tuple[int, str], str] = field(default_factory=dict, init=False, repr=False)
 
     def passes(self) -> list[list[Turn]]:
         """The turns of each pass over the pool, in the order in which they must be taken."""
@@ -160,12 +161,15 @@ class Plan:
             number: of the operation.
             pool: digest of the pool and of how its columns are made.
         """
+        if (number, pool) in self._keys:
+            return self._keys[number, pool]
         operation = self.operations[number]
         said = [name_of(operation.filter), operation.filter.model_dump(mode="json")]
         said += [content_of(path) for path in operation.filter.files()]
         reach = [self._shape(verdict, pool) for verdict in operation.reach]
         text = json.dumps([said, reach, pool if operation.num_rounds else ""], sort_keys=True)
-        return hashlib.sha256(text.encode()).hexdigest()[:32]
+        self._keys[number, pool] = hashlib.sha256(text.encode()).hexdigest()[:32]
+        return self._keys[number, pool]
 
     def reach_key(self, number: int, pool: str) -> str:
         """What the choice of the rows depends on that reach an operation."""

@@ -22,7 +22,7 @@ _EMBEDDING = pl.List(pl.Float32)
 
 
 @FILTERS.register("sample")
-class Sample(PoolFilter):
+class Drawn(PoolFilter):
     """Some samples stay, drawn by their uids: each with a probability, or a number of them."""
 
     fraction: float | None = Field(None, ge=0, le=1, description="probability of each sample to stay")
@@ -30,7 +30,7 @@ class Sample(PoolFilter):
     seed: int = Field(0, ge=0, description="of the draw")
 
     @model_validator(mode="after")
-    def _one_rule(self) -> "Sample":
+    def _one_rule(self) -> "Drawn":
         if (self.fraction is None) == (self.count is None):
             raise ValueError("give either fraction or count")
         return self

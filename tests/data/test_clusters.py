@@ -2,7 +2,7 @@
 
 import contextlib
 import os
-import pickle
+from multiprocessing import reduction
 from pathlib import Path
 
 import numpy as np
@@ -85,7 +85,7 @@ def test_no_code_of_a_file_is_run(tmp_path: Path) -> None:
     torch.save(Command(), tmp_path / "a.pt")
     torch.save([Command(), POINTS], tmp_path / "b.pt", pickle_protocol=4)
     np.save(tmp_path / "c.npy", np.array([[Command()]], object), allow_pickle=True)
-    (tmp_path / "d.npy").write_bytes(pickle.dumps(Command()))
+    (tmp_path / "d.npy").write_bytes(bytes(reduction.ForkingPickler.dumps(Command())))
     for name in ("a.pt", "c.npy", "d.npy"):
         with pytest.raises(DamagedInput, match=name):
             read_matrix(tmp_path / name)

@@ -108,13 +108,13 @@ def test_how_the_pool_is_cut_changes_nothing(pool: Path, tmp_path: Path, monkeyp
 def looked_at(monkeypatch: pytest.MonkeyPatch) -> list[int]:
     """How many captions each call to the language model was about."""
     counts: list[int] = []
-    real = language.languages_of
+    real = language._guesses
 
     def counting(captions: Any) -> Any:
         counts.append(len(captions))
         return real(captions)
 
-    monkeypatch.setattr(language, "languages_of", counting)
+    monkeypatch.setattr(language, "_guesses", counting)
     return counts
 
 

@@ -147,7 +147,7 @@ def test_repeats_of_a_uid_are_told_from_conflicts() -> None:
     ]
     pool, one = table(*rows), UniqueUid()
     state = one.merge([one.partial(pool[part], []).lazy() for part in ([0, 1, 4], [2, 3, 5, 6])], [])
-    assert state.select("low", "samples", "captions").rows() == [(1, 2, 1), (2, 2, 2)]
+    assert state.select("low", "samples").rows() == [(1, 2), (2, 2)]
 
 
 def test_turns_find_what_one_turn_finds(monkeypatch: pytest.MonkeyPatch) -> None:
