@@ -75,7 +75,7 @@ class Loader:
             `if __name__ == "__main__":`.
         prefetch: batches that each worker may be ahead.
         max_unreadable: fraction of the samples drawn by this rank; see `tally.Tally` for the rule.
-        skip_log: JSONL file to which skipped samples are appended.
+        skip_log: JSONL file to which skipped samples are appended; a run that goes on adds none that it has already.
         limits: what an image may weigh.
         cache_bytes: decoded samples are kept in memory until they take this much; for pools that fit. Worker
             processes have an equal part of it each.
@@ -199,7 +199,7 @@ class Loader:
                 raise ConfigError(f"the saved position is in another order of samples: its {what} {was}, now {now}")
         self._consumed = int(state["samples_consumed"])
         self._before = {str(name): float(count) for name, count in state.get("counters", {}).items()}
-        self.tally.restart()
+        self.tally.restart(self._consumed)
 
     def __iter__(self) -> Iterator[Batch]:
         """Batches from the present position on, without end unless `epochs` or `samples` set one."""
