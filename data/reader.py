@@ -44,8 +44,8 @@ class Pool:
 
         Args:
             shards: what `index.expand_shards` takes.
-            name: what to call this pool in messages and counts; by default what was given for `shards`. Of a URL without
-                user, password and query in any case.
+            name: what to call this pool in messages and counts, by default what was given for `shards`; of a URL,
+                user, password and query are left out.
             save_index: keep new indexes, where that is possible.
             max_member_bytes: a sample with a larger member is not read but reported, so that a hostile shard
                 cannot fill the memory.
