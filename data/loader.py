@@ -11,6 +11,7 @@ What a batch holds depends on the seed and its position alone: not on ranks, wor
 from __future__ import annotations
 
 import os
+from collections import Counter
 from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
 from contextlib import closing
 from dataclasses import dataclass
@@ -157,6 +158,15 @@ class Loader:
         """Samples handed out so far, over all ranks."""
         return self._consumed
 
+    @property
+    def epoch_samples(self) -> int:
+        """Samples of a pass over the mixture, over all ranks.
+
+        Raises:
+            ConfigError: several sources with weights, which have no common epoch.
+        """
+        return self.order.epoch_samples
+
     def state_dict(self) -> dict[str, Any]:
         """The position, what the order depends on, and what was skipped so far; plain JSON.
 
@@ -233,6 +243,15 @@ class Loader:
         """
         counts = joint_counts(self.tally.as_metrics(), self._group)
         return {name: counts.get(name, 0.0) + self._before.get(name, 0.0) for name in sorted({*counts, *self._before})}
+
+    def seen(self) -> dict[str, float]:
+        """By source, over all ranks, of the samples handed out: `seen/`, how many; `unique/`, how many different ones;
+        `repeats/`, how many had come before. Exact, by the order: a replacement counts as what it stands for."""
+        counts = Counter[str]()
+        for pool, seen in zip(self.pools, self.order.seen(self._consumed), strict=True):
+            for what, count in (("seen", seen.drawn), ("unique", seen.unique), ("repeats", seen.repeats)):
+                counts[f"{what}/{pool.name}"] += count
+        return {name: float(count) for name, count in counts.items()}
 
     def _report_damage(self, limit: float, log: Path | None) -> None:
         """Log what the indexes could not read; once, by the first rank. Every rank stops where it is too much."""
