@@ -13,7 +13,7 @@ from mmfoundry.data.loader import Loader, Source
 from mmfoundry.data.pairs import pad_text
 from mmfoundry.data.ragged import Ragged
 from mmfoundry.data.text import ClipTokenizer, choose_caption
-from mmfoundry.data.transforms import TrainTransform
+from mmfoundry.data.transforms import Normalise, TrainTransform
 
 if TYPE_CHECKING:
     import torch
@@ -42,8 +42,7 @@ def prepare(pool: Path) -> None:
 
 def batches(pool: Path, workers: int, batch: int, device: str) -> Generator[torch.Tensor, None, None]:
     """Normalised images on the device, float32 (batch, 3, 224, 224), without end."""
-    from mmfoundry.data.transforms import normalise
-
+    normalise = Normalise()
     loader = Loader(
         [Source(pool)],
         batch_size=batch,
