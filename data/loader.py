@@ -62,15 +62,16 @@ class Loader:
         sources: what to draw from; their weights are exact in every block of the order.
         batch_size: samples per step over all ranks; each rank gets `batch_size / world_size` of them.
         encode: sample and its own generator -> named arrays (of one shape over the batch, or `Ragged.one(array)`),
-            numbers or strings. Called where batches are made, so with `workers="process"` it must be a function
-            or object of a module; the sample is read-only where `cache_bytes` is set. Everything random must come
+            numbers or strings. Called where batches are made: by threads at once, the consumer's among them; with
+            `workers="process"` it must be a function or object of a module; the sample is read-only where `cache_bytes` is set. Everything random must come
             from the generator.
         collate: list of what `encode` returned -> batch, where batches are made. By default fields are gathered by
             name: arrays and numbers to tensors (b, ...), `Ragged` rows to one `Ragged`, others to lists.
         seed: of the order and of every sample's generator.
         rank: this process's number.
         world_size: number of processes that share each step.
-        num_workers: threads or processes that make batches; 0 makes each one when it is asked for.
+        num_workers: threads or processes that make batches; 0 makes each one when it is asked for. Besides threads,
+            who waits for a batch helps to make it.
         workers: "thread": they share memory, and Python's lock for what is not decoding. "process": they share
             nothing but the batches, which lie in shared memory; start the program under
             `if __name__ == "__main__":`.
