@@ -20,6 +20,7 @@ from mmfoundry.pipeline.errors import MissingInput
 _VOCABULARY = "bpe_simple_vocab_16e6.txt.gz"
 _MERGES = 49152 - 256 - 2  # of the lines in the file
 _CHUNK_BYTES = 1 << 19
+_KNOWN_WORDS, _LONG_WORD = 1 << 16, 32  # about 10 MB
 _START, _END = "<start_of_text>", "<end_of_text>"
 # OpenAI's: the marks, English contractions, runs of letters, single digits, runs of anything else
 _WORDS = regex.compile(
@@ -48,18 +49,25 @@ class ClipWords:
         tokens = [*letters, *(letter + "</w>" for letter in letters), *("".join(pair) for pair in merges), _START, _END]
         self._ids = {token: number for number, token in enumerate(tokens)}
         self._bpe = BPE(vocab=self._ids, merges=merges, end_of_word_suffix="</w>")
+        self._known: dict[str, list[int]] = {}  # ids of words met before: most words of a corpus are few
         self.vocab_size = len(tokens)
         self.sot_token_id, self.eot_token_id = self._ids[_START], self._ids[_END]
 
     def encode(self, text: str) -> list[int]:
         """Ids of a text without start and end mark: cleaned, in lower case, word by word."""
-        letters, ids = _letters(), []
+        ids: list[int] = []
         for word in _WORDS.findall(clean(text)):
-            if word in (_START, _END):
-                ids.append(self._ids[word])
-            else:
-                spelt = "".join(letters[byte] for byte in word.encode("utf-8"))
-                ids.extend(token.id for token in self._bpe.tokenize(spelt))
+            ids += self._known.get(word) or self._of_word(word)
+        return ids
+
+    def _of_word(self, word: str) -> list[int]:
+        if word in (_START, _END):
+            return [self._ids[word]]
+        letters = _letters()
+        spelt = "".join(letters[byte] for byte in word.encode("utf-8"))
+        ids = [token.id for token in self._bpe.tokenize(spelt)]
+        if len(word) <= _LONG_WORD and len(self._known) < _KNOWN_WORDS:
+            self._known[word] = ids
         return ids
 
 
