@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import math
 import weakref
+from threading import Lock
 
 import numpy as np
 
@@ -15,10 +16,11 @@ _LARGE = 1 << 20  # bytes; what is smaller the C library keeps
 
 
 class Recycled:
-    """A source of uninitialised arrays; safe for threads. It holds as much as was in use at one time."""
+    """A source of uninitialised arrays; safe for threads. It holds as many blocks as were in use at one time."""
 
     def __init__(self) -> None:
         self._free: list[np.ndarray] = []
+        self._lock = Lock()
 
     def __reduce__(self) -> tuple[type[Recycled], tuple[()]]:
         return Recycled, ()  # another process has memory of its own
@@ -36,11 +38,15 @@ class Recycled:
         return array.reshape(shape)
 
     def _memory(self, num_bytes: int) -> np.ndarray:
-        """The free block that was used last if it is large enough; too small ones are let go."""
-        while True:
-            try:
-                memory = self._free.pop()
-            except IndexError:
-                return np.empty(num_bytes, np.uint8)
-            if memory.nbytes >= num_bytes:
-                return memory
+        """The smallest free block that fits, of at most twice the size; else a new one in the place of an old one."""
+        with self._lock:  # blocks that come free meanwhile are appended, which moves none
+            fitting = [
+                (block.nbytes, place)
+                for place, block in enumerate(list(self._free))
+                if num_bytes <= block.nbytes <= 2 * num_bytes
+            ]
+            if fitting:
+                return self._free.pop(min(fitting)[1])
+            if self._free:
+                del self._free[0]
+        return np.empty(num_bytes, np.uint8)
