@@ -156,7 +156,7 @@ class Begun:
         self._gather: Gather | None = maker.gather(len(positions), slot)
         self._skips: list[list[Skip]] = [[] for _ in positions]
         self._unfilled: set[int] = set()  # places for which nothing was found
-        self._errors: dict[int, Exception] = {}
+        self._errors: dict[int, BaseException] = {}
         self._next = self._busy = self._skipped = 0
         self._lock = Lock()
         self._finished = Event()
@@ -168,12 +168,11 @@ class Begun:
         while (place := self._take()) is not None:
             try:
                 self._fill(place)
-            except Exception as error:
+            except BaseException as error:  # raised by `made`, where the batch is waited for
                 self._errors[place] = error
                 self.stop()
-            except BaseException:
-                self.stop()
-                raise
+                if not isinstance(error, Exception):
+                    raise
             finally:
                 self._done()
 
