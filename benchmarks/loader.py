@@ -8,7 +8,8 @@ run in turn in one run, each in an environment where its versions fit, stopped w
 
 open_clip: its `get_wds_dataset`. webdataset: `WebDataset` and `WebLoader`, which is torch's DataLoader.
 mosaicml-streaming: `StreamingDataset`, its shards converted beforehand. decode: no loader at all but libjpeg-turbo
-decoding the same bytes from memory; there a ratio of 0.75 is what we ask of ourselves.
+decoding the same bytes from memory; there a ratio of 0.75 is what we ask of ourselves. Our workers are threads, and the
+consumer works with them while it waits for a batch, which neither the peers' consumers nor the bare decode's do.
 
 The first run fetches the peers' environments and photographs into `--work` (git ignores it); indexes and conversions
 are made before anything is timed. Memory is that of all processes of a side, shared pages counted once; the pools are

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Callable, Mapping
+from threading import Lock
 from typing import Any
 
 import numpy as np
@@ -29,24 +30,31 @@ class Gather:
         self._rows, self._empty = rows, empty
         self._added = 0
         self._batch: Batch = {}
+        self._lock = Lock()
 
     def __len__(self) -> int:
         return self._added
 
     def add(self, row: Row) -> None:
-        """Take the next row.
+        """Take the next row; errors as those of `put`."""
+        self.put(self._added, row)
+
+    def put(self, place: int, row: Row) -> None:
+        """Take the row of a place, each once and in any order, by any number of threads.
 
         Raises:
-            ConfigError: its names, shapes or dtypes are not those of the first row.
+            ConfigError: its names, shapes or dtypes are not those of the row that came first.
         """
-        if not self._added:
-            self._batch = {name: self._field(value) for name, value in row.items()}
-        elif row.keys() != self._batch.keys():
+        with self._lock:
+            if not self._batch:
+                self._batch = {name: self._field(value) for name, value in row.items()}
+            self._added += 1
+        if row.keys() != self._batch.keys():
             raise ConfigError(f"encode gave {list(row)}, before {list(self._batch)}; give the same each time")
         for name, value in row.items():
             field = self._batch[name]
             if isinstance(field, list):
-                field.append(value)
+                field[place] = value
                 continue
             array = as_array(value)
             if array.shape != field.shape[1:] or array.dtype != field.dtype:
@@ -54,8 +62,7 @@ class Gather:
                     f"encode gave {array.dtype} {array.shape} for {name!r}, before {field.dtype} {field.shape[1:]}; "
                     "give one shape and dtype, or Ragged.one(array) where rows have lengths of their own"
                 )
-            field[self._added] = array
-        self._added += 1
+            field[place] = array
 
     def batch(self) -> Batch:
         """The batch, once all rows are there."""
@@ -64,7 +71,7 @@ class Gather:
 
     def _field(self, first: Any) -> np.ndarray | list[Any]:
         if not is_array(first):
-            return []
+            return [None] * self._rows
         array = as_array(first)
         return self._empty((self._rows, *array.shape), array.dtype)
 

@@ -1,19 +1,23 @@
 """Answers about shards for people: what is in them, whether they are whole, which samples a rank will get."""
 
+import multiprocessing
 import os
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
+from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
-from mmfoundry.data.index import index_shard, open_indexes, stored_index
+from mmfoundry.data.index import index_shard, open_index, open_indexes, stored_index
 from mmfoundry.data.permutation import WINDOW
 from mmfoundry.data.reader import Pool
 from mmfoundry.data.sampler import Order
 from mmfoundry.data.shard_names import Shard, ShardSpec, expand_shards
 from mmfoundry.data.storage import Storage
 from mmfoundry.data.tar import Damage
-from mmfoundry.pipeline.errors import ConfigError
+from mmfoundry.pipeline.errors import ConfigError, MmfoundryError
 
 
 @dataclass(frozen=True)
@@ -26,6 +30,23 @@ class ShardSummary:
     members: Counter[str]
     member_bytes: Counter[str]
     damage: Counter[str]
+
+
+@dataclass(frozen=True)
+class Indexed:
+    """A shard whose index was made or found.
+
+    Attributes:
+        shard: the tar.
+        samples: that it has.
+        damage: what could not be read.
+        kept: whether the index lies in its place; where nothing can be written it does not.
+    """
+
+    shard: Shard
+    samples: int
+    damage: tuple[Damage, ...]
+    kept: bool
 
 
 @dataclass(frozen=True)
@@ -43,6 +64,51 @@ class Checked:
     samples: int
     compared: bool
     damage: tuple[Damage, ...]
+
+
+def make_indexes(
+    shards: Sequence[Shard],
+    index_dir: str | os.PathLike[str] | None = None,
+    *,
+    digest: bool = False,
+    num_workers: int = 1,
+) -> Iterator[Indexed]:
+    """See that every shard has its index, as `index.open_index` does for one; what was made stays when it is cut off.
+
+    Args:
+        shards: from `expand_shards`.
+        index_dir: folder for indexes.
+        digest: also take the digests that are missing, which reads the shards whole.
+        num_workers: processes that share the shards; 1: this one alone.
+    Yields:
+        What each shard has, in their order.
+    Raises:
+        MissingInput: a shard is not there.
+        StorageError: the server of a remote shard does not give it.
+        MmfoundryError: a process was ended from outside.
+    """
+    make = partial(_make_index, index_dir=index_dir, digest=digest)
+    num_workers = min(num_workers, len(shards))
+    if num_workers <= 1:
+        yield from map(make, shards)
+        return
+    # spawn: a fork of a process with threads, as those that read from servers, may hang
+    with ProcessPoolExecutor(num_workers, multiprocessing.get_context("spawn")) as workers:
+        try:
+            yield from workers.map(make, shards)
+        except BrokenProcessPool as error:
+            raise MmfoundryError(
+                "a process that made indexes ended abruptly (memory?); those that are done are kept: run again with "
+                "fewer of them"
+            ) from error
+        finally:
+            workers.shutdown(cancel_futures=True)
+
+
+def _make_index(shard: Shard, index_dir: str | os.PathLike[str] | None, digest: bool) -> Indexed:
+    index = open_index(shard, index_dir=index_dir, digest=digest)
+    kept = stored_index(shard, None if index_dir is None else Path(index_dir))
+    return Indexed(shard, len(index), index.damage, kept is not None and kept.identity == index.identity)
 
 
 def iter_keys(

@@ -11,6 +11,7 @@ What a batch holds depends on the seed and its position alone: not on ranks, wor
 from __future__ import annotations
 
 import os
+from collections import Counter
 from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
 from contextlib import closing
 from dataclasses import dataclass
@@ -61,21 +62,22 @@ class Loader:
         sources: what to draw from; their weights are exact in every block of the order.
         batch_size: samples per step over all ranks; each rank gets `batch_size / world_size` of them.
         encode: sample and its own generator -> named arrays (of one shape over the batch, or `Ragged.one(array)`),
-            numbers or strings. Called where batches are made, so with `workers="process"` it must be a function
-            or object of a module; the sample is read-only where `cache_bytes` is set. Everything random must come
-            from the generator.
+            numbers or strings. Called where batches are made: by threads at once, the consumer's among them; with
+            `workers="process"` it must be a function or object of a module. The sample is read-only where
+            `cache_bytes` is set. Everything random must come from the generator.
         collate: list of what `encode` returned -> batch, where batches are made. By default fields are gathered by
             name: arrays and numbers to tensors (b, ...), `Ragged` rows to one `Ragged`, others to lists.
         seed: of the order and of every sample's generator.
         rank: this process's number.
         world_size: number of processes that share each step.
-        num_workers: threads or processes that make batches; 0 makes each one when it is asked for.
+        num_workers: threads or processes that make batches; 0 makes each one when it is asked for. Besides threads,
+            who waits for a batch helps to make it.
         workers: "thread": they share memory, and Python's lock for what is not decoding. "process": they share
             nothing but the batches, which lie in shared memory; start the program under
             `if __name__ == "__main__":`.
         prefetch: batches that each worker may be ahead.
         max_unreadable: fraction of the samples drawn by this rank; see `tally.Tally` for the rule.
-        skip_log: JSONL file to which skipped samples are appended.
+        skip_log: JSONL file to which skipped samples are appended; a run that goes on adds none that it has already.
         limits: what an image may weigh.
         cache_bytes: decoded samples are kept in memory until they take this much; for pools that fit. Worker
             processes have an equal part of it each.
@@ -157,6 +159,15 @@ class Loader:
         """Samples handed out so far, over all ranks."""
         return self._consumed
 
+    @property
+    def epoch_samples(self) -> int:
+        """Samples of a pass over the mixture, over all ranks.
+
+        Raises:
+            ConfigError: several sources with weights, which have no common epoch.
+        """
+        return self.order.epoch_samples
+
     def state_dict(self) -> dict[str, Any]:
         """The position, what the order depends on, and what was skipped so far; plain JSON.
 
@@ -199,7 +210,7 @@ class Loader:
                 raise ConfigError(f"the saved position is in another order of samples: its {what} {was}, now {now}")
         self._consumed = int(state["samples_consumed"])
         self._before = {str(name): float(count) for name, count in state.get("counters", {}).items()}
-        self.tally.restart()
+        self.tally.restart(self._consumed)
 
     def __iter__(self) -> Iterator[Batch]:
         """Batches from the present position on, without end unless `epochs` or `samples` set one."""
@@ -233,6 +244,15 @@ class Loader:
         """
         counts = joint_counts(self.tally.as_metrics(), self._group)
         return {name: counts.get(name, 0.0) + self._before.get(name, 0.0) for name in sorted({*counts, *self._before})}
+
+    def seen(self) -> dict[str, float]:
+        """By source, over all ranks, of the samples handed out: `seen/`, how many; `unique/`, how many different ones;
+        `repeats/`, how many had come before. Exact, by the order: a replacement counts as what it stands for."""
+        counts = Counter[str]()
+        for pool, seen in zip(self.pools, self.order.seen(self._consumed), strict=True):
+            for what, count in (("seen", seen.drawn), ("unique", seen.unique), ("repeats", seen.repeats)):
+                counts[f"{what}/{pool.name}"] += count
+        return {name: float(count) for name, count in counts.items()}
 
     def _report_damage(self, limit: float, log: Path | None) -> None:
         """Log what the indexes could not read; once, by the first rank. Every rank stops where it is too much."""

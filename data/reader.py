@@ -44,7 +44,8 @@ class Pool:
 
         Args:
             shards: what `index.expand_shards` takes.
-            name: what to call this pool in messages and counts; by default what was given for `shards`.
+            name: what to call this pool in messages and counts, by default what was given for `shards`; of a URL,
+                user, password and query are left out.
             save_index: keep new indexes, where that is possible.
             max_member_bytes: a sample with a larger member is not read but reported, so that a hostile shard
                 cannot fill the memory.
@@ -57,7 +58,7 @@ class Pool:
         self._options: dict[str, Any] = {"save_index": save_index, "max_member_bytes": max_member_bytes}
         self._options |= {"index_dir": index_dir, "remote": remote}
         self.shards = expand_shards(shards)
-        self.name = name or (os.fspath(shards) if isinstance(shards, str | os.PathLike) else os.fspath(self.shards[0]))
+        self.name = shown(name or (shards if isinstance(shards, str | os.PathLike) else self.shards[0]))
         self.max_member_bytes = max_member_bytes
         storage = Storage(remote)
         self.indexes = open_indexes(self.shards, save=save_index, index_dir=index_dir, storage=storage)

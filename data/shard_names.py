@@ -104,7 +104,8 @@ def _remote(url: ShardUrl) -> list[Shard]:
     except (ImportError, ValueError) as error:  # no such scheme, or its package is not installed
         raise MissingInput(f"{shown(url)}: {error}") from error
     except OSError as error:
-        raise MissingInput(f"{url}: no list of shards from there ({error}); name them by a brace range") from error
+        why = str(error).replace(url, shown(url))
+        raise MissingInput(f"{shown(url)}: no list of shards from there ({why}); name them by a brace range") from error
     if not names:
         raise MissingInput(
             f"{shown(url)}: no *.tar there; name the shards by a pattern or a brace range such as {{000..099}}"
@@ -128,9 +129,9 @@ def _braces(text: str) -> list[str]:
     try:
         names = list(islice(braceexpand(text), _MAX_BRACE_ITEMS + 1))
     except ValueError as error:
-        raise ConfigError(f"{text}: its braces are not closed") from error
+        raise ConfigError(f"{shown(text)}: its braces are not closed") from error
     if len(names) > _MAX_BRACE_ITEMS:
-        raise ConfigError(f"{text}: stands for more than {_MAX_BRACE_ITEMS} shards; give a folder or a pattern")
+        raise ConfigError(f"{shown(text)}: stands for more than {_MAX_BRACE_ITEMS} shards; give a folder or a pattern")
     if names == [text]:
-        raise MissingInput(f"{text}: no such shard; a brace range is written {{00000..00009}}")
+        raise MissingInput(f"{shown(text)}: no such shard; a brace range is written {{00000..00009}}")
     return names

@@ -1,18 +1,20 @@
 """Samples that could not be used: counted by source and reason, logged by key, and limited."""
 
+import fcntl
 import json
 import os
 from collections import Counter
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from mmfoundry.pipeline.errors import ConfigError, TooManyUnreadable
 
 if TYPE_CHECKING:  # a worker process reads without torch
     from torch.distributed import ProcessGroup
 
+_MAX_LINE_BYTES = 1 << 20  # of a skip, whose details are short
 MIN_DRAWN = 1000  # so that one bad sample among the first few does not stop a run whose rate is low
 
 
@@ -49,13 +51,15 @@ class Tally:
 
         Args:
             limit: fraction of the samples drawn, 0 to 1.
-            log: JSONL file that skips are appended to, one a line; several processes may share it.
+            log: JSONL file that skips are appended to, one a line; several processes may share it. What a run that was
+                cut off left in it, and this one meets again, is not written twice.
         Raises:
             ConfigError: the limit is no fraction.
         """
         if not 0 <= limit <= 1:
             raise ConfigError(f"max_unreadable is {limit}; it is a fraction, 0 to 1")
         self.limit, self.log = limit, log
+        self._log = None if log is None else SkipLog(log)
         self.drawn = 0
         self.counts: Counter[tuple[str, str]] = Counter()  # (source, reason)
 
@@ -80,15 +84,17 @@ class Tally:
         skips = list(skips)
         self.drawn += drawn
         self.counts.update((skip.source, skip.reason) for skip in skips)
-        if skips and self.log is not None:
-            append_jsonl(self.log, skips)
+        if skips and self._log is not None:
+            self._log.add(skips)
         if skips and self.skipped > self.allowed(self.drawn):
             self.stop()
 
-    def restart(self) -> None:
-        """Count from nothing again."""
+    def restart(self, position: int = 0) -> None:
+        """Count from nothing again, and expect skips from a position in the order of training on."""
         self.drawn = 0
         self.counts.clear()
+        if self.log is not None:
+            self._log = SkipLog(self.log, position)
 
     def stop(self) -> None:
         """Raise TooManyUnreadable with the counts so far."""
@@ -136,12 +142,61 @@ def joint_counts(counts: Mapping[str, float], group: "ProcessGroup | None") -> d
     return dict(joint)
 
 
-def append_jsonl(path: Path, skips: Iterable[Skip]) -> None:
-    """Append skips to a JSONL file in one write, so that lines of several processes do not mix."""
-    lines = "".join(json.dumps(asdict(skip), ensure_ascii=False) + "\n" for skip in skips)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o666)
-    try:
-        os.write(descriptor, lines.encode("utf-8", "backslashreplace"))
-    finally:
-        os.close(descriptor)
+_Identity = tuple[str | int | None, ...]
+
+
+class SkipLog:
+    """A JSONL file of skips that several processes append to, and runs that go on after they were killed.
+
+    A run that goes on makes its last steps again and meets the same skips: those that the file has are not added to
+    it. No line is taken out: other processes may be writing, and the same positions give the same skips.
+    """
+
+    def __init__(self, path: Path, position: int = 0):
+        """Nothing is read or made before the first skip.
+
+        Args:
+            path: of the file.
+            position: in the order of training, before which no more skips will come.
+        """
+        self.path, self._position = path, position
+        self._known: Counter[_Identity] | None = None
+
+    def add(self, skips: Iterable[Skip]) -> None:
+        """Append those that the file did not have when the first skip came."""
+        self.path.parent.mkdir(parents=True, exist_ok=True)
+        with open(self.path, "ab", buffering=0) as file:
+            fcntl.flock(file, fcntl.LOCK_EX)  # free again when the file is closed, also by a kill
+            self._drop_torn_line()
+            if self._known is None:
+                self._known = Counter(self._read())
+            lines = []
+            for row in map(asdict, skips):
+                if self._known[_identity(row)] > 0:
+                    self._known[_identity(row)] -= 1
+                else:
+                    lines.append(json.dumps(row, ensure_ascii=False) + "\n")
+            file.write("".join(lines).encode("utf-8", "backslashreplace"))
+
+    def _drop_torn_line(self) -> None:
+        """Cut off what a kill left of a line; whoever writes has the lock, so nobody is about to end it."""
+        with open(self.path, "r+b") as file:
+            size = file.seek(0, os.SEEK_END)
+            file.seek(max(0, size - _MAX_LINE_BYTES))
+            last = file.read()
+            if not last.endswith(b"\n"):
+                file.truncate(size - len(last) + last.rfind(b"\n") + 1)
+
+    def _read(self) -> Iterator[_Identity]:
+        """The skips of the file that may come again."""
+        with open(self.path, encoding="utf-8") as file:
+            for row in map(json.loads, file):
+                if row["position"] is None or row["position"] >= self._position:
+                    yield _identity(row)
+
+
+def _identity(row: Mapping[str, Any]) -> _Identity:
+    """What two lines share that tell of the same skip; shards may have moved, so a position comes before a name."""
+    if row["position"] is not None:
+        return row["position"], row["key"], row["reason"]
+    return row["shard"], row["key"], row["reason"], row["detail"]

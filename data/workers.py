@@ -27,7 +27,7 @@ from multiprocessing import connection, reduction, util
 from multiprocessing.connection import Connection
 from typing import Any
 
-from mmfoundry.data.batch_maker import BatchMaker, Made
+from mmfoundry.data.batch_maker import BatchMaker, Begun, Made
 from mmfoundry.data.shared_batch import Slot, pack, unpack
 from mmfoundry.data.tally import Skip
 from mmfoundry.pipeline import errors
@@ -57,17 +57,32 @@ def steps(maker: BatchMaker, start: int) -> Iterator[int]:
 
 
 def in_threads(maker: BatchMaker, start: int, workers: int, prefetch: int) -> Generator[Made, None, None]:
-    """Steps from `start` to the end of the order, made by `workers` threads, each at most `prefetch` batches ahead."""
+    """Steps from `start` to the end of the order, made by `workers` threads, together `workers * prefetch` ahead.
+
+    All threads work on the step that is due next, sample by sample, and who waits for it works on it, too: a step that
+    is not there in time is there the sooner, the first one above all.
+    """
     todo = steps(maker, start)
     pool = ThreadPoolExecutor(workers, thread_name_prefix="loader")
+
+    def begin(each: int) -> Begun:
+        begun = maker.begin(each)
+        for _ in range(workers):
+            pool.submit(begun.work)
+        return begun
+
+    ahead: deque[Begun] = deque()
     try:
-        ahead = deque(pool.submit(maker.make, each) for each in islice(todo, workers * prefetch))
+        ahead.extend(map(begin, islice(todo, workers * prefetch)))
         while ahead:
-            made = ahead.popleft().result()
-            ahead.extend(pool.submit(maker.make, each) for each in islice(todo, 1))
+            ahead[0].work()
+            made = ahead.popleft().made()
+            ahead.extend(map(begin, islice(todo, 1)))
             yield made
             del made  # else its memory is not free while the next is waited for
     finally:
+        for begun in ahead:
+            begun.stop()
         pool.shutdown(wait=True, cancel_futures=True)
 
 

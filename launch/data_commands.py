@@ -28,6 +28,7 @@ def index_shards(
         bool, typer.Option("--digest", help="Also read the content, for a digest that `data verify` compares with.")
     ] = False,
     strict: Annotated[bool, typer.Option("--strict", help="Exit code 3 if anything could not be read.")] = False,
+    num_workers: Annotated[int, typer.Option("--num-workers", min=1, help="Processes that share the shards.")] = 1,
 ) -> None:
     """Write the index beside each shard, so that samples can be read in any order; say what is damaged.
 
@@ -35,21 +36,23 @@ def index_shards(
 
     Example: `mmfoundry index data/samples`
     """
-    from mmfoundry.data.index import open_index, stored_index
+    from mmfoundry.data.inspect import make_indexes
     from mmfoundry.data.shard_names import expand_shards, shown
+    from mmfoundry.pipeline.progress import progress_bar
 
     samples = damaged = 0
-    for shard in expand_shards(shards):
-        index = open_index(shard, index_dir=index_dir, digest=digest)
-        samples += len(index)
-        damaged += len(index.damage)
-        kept = stored_index(shard, index_dir)
-        note = "" if kept is not None and kept.identity == index.identity else " (the index could not be written)"
-        print(f"{shown(shard)}: {len(index)} samples{note}")
-        for damage in index.damage[:_SHOWN_DAMAGE]:
-            print(f"  {_told(damage)}")
-        if len(index.damage) > _SHOWN_DAMAGE:
-            print(f"  and {len(index.damage) - _SHOWN_DAMAGE} more")
+    found = expand_shards(shards)
+    with progress_bar(len(found), "index", "shards") as progress:
+        for shard in make_indexes(found, index_dir, digest=digest, num_workers=num_workers):
+            samples += shard.samples
+            damaged += len(shard.damage)
+            note = "" if shard.kept else " (the index could not be written)"
+            print(f"{shown(shard.shard)}: {shard.samples} samples{note}")
+            for damage in shard.damage[:_SHOWN_DAMAGE]:
+                print(f"  {_told(damage)}")
+            if len(shard.damage) > _SHOWN_DAMAGE:
+                print(f"  and {len(shard.damage) - _SHOWN_DAMAGE} more")
+            progress.advance()
     print(f"{samples} samples, {damaged} damaged places")
     if strict and damaged:
         raise typer.Exit(DAMAGED)

@@ -93,7 +93,9 @@ def progress_bar(
             TimeRemainingColumn(),
             TextColumn("{task.fields[note]}"),
         )
-        with Bars(*columns, console=Console(stderr=True), transient=True) as bars:
+        # printed lines go above the bar, but not to the terminal where they were sent to a file
+        to_terminal = sys.stdout.isatty()
+        with Bars(*columns, console=Console(stderr=True), transient=True, redirect_stdout=to_terminal) as bars:
             yield _Bar(total, description, unit, bars)
 
 

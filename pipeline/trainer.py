@@ -23,7 +23,7 @@ from typing import Annotated, Any, Protocol
 
 import torch
 import torch.distributed as dist
-from pydantic import Field
+from pydantic import Field, model_validator
 from torch import Tensor, nn
 
 from mmfoundry.pipeline import checkpoint
@@ -31,7 +31,7 @@ from mmfoundry.pipeline.artifact import write_atomic
 from mmfoundry.pipeline.config import Neutral
 from mmfoundry.pipeline.distributed import Runtime
 from mmfoundry.pipeline.engine import Batch, Engine, EngineConfig, Objective
-from mmfoundry.pipeline.errors import PREEMPTED_EXIT_CODE, MmfoundryError
+from mmfoundry.pipeline.errors import PREEMPTED_EXIT_CODE, ConfigError, MmfoundryError
 from mmfoundry.pipeline.metrics import Tally
 from mmfoundry.pipeline.optimizers import OPTIMIZERS, OptimizerConfig, ParamGroup, decay_groups
 from mmfoundry.pipeline.schedules import SchedulerConfig, lr_factor
@@ -42,9 +42,15 @@ KEYS_SHOWN = 8
 
 
 class TrainerConfig(EngineConfig):
-    """One training phase. Budgets are in steps, so that results do not depend on a machine's speed."""
+    """One training phase. Budgets are in steps or samples, so that results do not depend on a machine's speed."""
 
-    max_steps: int = Field(gt=0, description="optimizer steps of the phase")
+    max_steps: int | None = Field(
+        None, gt=0, description="optimizer steps of the phase; either this, `max_samples` or `max_epochs`"
+    )
+    max_samples: int | None = Field(None, gt=0, description="samples seen in the phase, over all ranks, in whole steps")
+    max_epochs: float | None = Field(
+        None, gt=0, description="passes over the data, in whole steps; of one source, or of several with upsampling"
+    )
     optimizer: OptimizerConfig = Field(OptimizerConfig(), description="how gradients become updates")
     scheduler: SchedulerConfig = Field(SchedulerConfig(), description="how the learning rate moves")
     eval_steps: int = Field(0, ge=0, description="optimizer steps between evaluations; 0: none while training")
@@ -56,9 +62,19 @@ class TrainerConfig(EngineConfig):
         10, gt=0, description="optimizer steps between points in TensorBoard; metrics.jsonl has every step's loss"
     )
 
+    @model_validator(mode="after")
+    def _one_budget(self) -> TrainerConfig:
+        given = [name for name in ("max_steps", "max_samples", "max_epochs") if getattr(self, name) is not None]
+        if len(given) != 1:
+            raise ValueError(f"give one of max_steps, max_samples and max_epochs; given: {', '.join(given) or 'none'}")
+        return self
+
 
 class DataLoader(Protocol):
-    """What `train` wants of a loader: micro-batches of this rank without end, and its position as JSON values."""
+    """What `train` wants of a loader: micro-batches of this rank without end, and its position as JSON values.
+
+    For `max_epochs` it also has `epoch_samples`, the samples of a pass over its data.
+    """
 
     def __iter__(self) -> Iterator[Batch]:
         """Batches from the present position on."""
@@ -102,6 +118,23 @@ class NonFinite(MmfoundryError):
     """A loss or gradient is infinite or not a number; raised on every rank before the weights are touched."""
 
 
+def steps_of(config: TrainerConfig, loader: DataLoader) -> int:
+    """Optimizer steps of a phase, whichever of its budgets is given.
+
+    Raises:
+        ConfigError: the budget is less than one step, or the loader's sources have no common epoch.
+    """
+    if config.max_steps is not None:
+        return config.max_steps
+    samples = config.max_samples
+    if config.max_epochs is not None:
+        samples = round(config.max_epochs * loader.epoch_samples)  # type: ignore[attr-defined]
+    steps = (samples or 0) // config.train_batch_size
+    if steps < 1:
+        raise ConfigError(f"{samples} samples are less than one step of train_batch_size {config.train_batch_size}")
+    return steps
+
+
 def train(
     config: TrainerConfig,
     *,
@@ -114,7 +147,7 @@ def train(
     metrics: Callable[[], Mapping[str, float]] | None = None,
     evaluate: Callable[[int], Mapping[str, float]] | None = None,
 ) -> TrainResult:
-    """Train for `config.max_steps` steps, going on from the newest complete checkpoint in the work folder.
+    """Train for the steps of the config's budget, going on from the newest complete checkpoint in the work folder.
 
     Args:
         config: of the phase.
@@ -162,9 +195,10 @@ class _Training:
         self.context, self.phase, self.metrics, self.evaluate = context, phase, metrics, evaluate
         self.runtime = context.runtime
         self.folder = context.work / CHECKPOINTS / phase
+        self.steps = steps_of(config, loader)
         self.accumulation = config.micro_batches(self.runtime.world_size)[1]
         self.progress = _Progress()
-        self.recent: deque[float] = deque(maxlen=max(1, config.max_steps // 20))
+        self.recent: deque[float] = deque(maxlen=max(1, self.steps // 20))
 
     def run(self, param_groups: list[ParamGroup] | None) -> TrainResult:
         self.model.to(self.runtime.device)
@@ -176,7 +210,7 @@ class _Training:
             self.loader.load_state_dict(found.state["loader"])
             self.context.log.say(f"{self.phase}: goes on from the checkpoint of step {found.step}")
         self.context.log.rewind(self.phase, self.progress.step)
-        if self.progress.step < self.config.max_steps:
+        if self.progress.step < self.steps:
             self._fit(found, param_groups)
         return self._result()
 
@@ -203,18 +237,18 @@ class _Training:
 
     def _loop(self, batches: Iterator[Batch]) -> None:
         config, progress = self.config, self.progress
-        bar = self.context.progress(config.max_steps, self.phase, "steps")
+        bar = self.context.progress(self.steps, self.phase, "steps")
         with _Preemption() as preemption, bar as shown:
             shown.advance(progress.step)
             self._restart_clock()
-            while progress.step < config.max_steps:
+            while progress.step < self.steps:
                 micro_batches = self._fetch(batches)
                 joint = self._update(micro_batches, preemption.asked)
                 stop = joint.pop("stop") > 0
                 self._log(joint)
                 if self.evaluate is not None and config.eval_steps and progress.step % config.eval_steps == 0:
                     self._evaluate(self.evaluate)
-                done = progress.step == config.max_steps
+                done = progress.step == self.steps
                 if stop or done or (config.save_steps and progress.step % config.save_steps == 0):
                     self._save()
                 shown.advance(note=f"loss {joint['loss']:.4f}")
@@ -248,7 +282,7 @@ class _Training:
         joint = tally.means(self.runtime.group)  # the one wait for the device before the update
         if not math.isfinite(joint["loss"]):
             self._refuse("loss", joint["loss"], batches, losses)
-        factor = lr_factor(self.config.scheduler, self.progress.step, self.config.max_steps)
+        factor = lr_factor(self.config.scheduler, self.progress.step, self.steps)
         norm = self.engine.step(factor)
         if not math.isfinite(norm):
             if self.config.precision != "fp16" or self.engine.loss_scale <= 1.0:
@@ -276,7 +310,7 @@ class _Training:
         line = joint | {"lr": self.engine.lr}
         if self.config.precision == "fp16":
             line |= {"loss_scale": self.engine.loss_scale, "skipped_steps": self.progress.skipped_steps}
-        point = step % self.config.logging_steps == 0 or step == self.config.max_steps
+        point = step % self.config.logging_steps == 0 or step == self.steps
         if point:
             seconds = max(time.perf_counter() - self._window_start, 1e-9)
             samples = (step - self._window_step) * self.config.train_batch_size

@@ -45,6 +45,7 @@ from mmfoundry.pipeline.optimizers import decay_groups
 from mmfoundry.pipeline.stage import RunContext
 from mmfoundry.pipeline.trainer import TrainerConfig, train
 from mmfoundry.stages.eval import as_clip, write_examples
+from mmfoundry.stages.pretrain import data_metrics
 
 ADAPTER = "clip-lora"  # folder of the adapter in the artifact, in peft's format
 RESULTS = "clip_results.json"
@@ -245,9 +246,10 @@ def _train(
         raw = [new.shots.pool.get(position) for position in new.shots.positions]
         write_shards([{"__key__": f"{row:05}-{each.key}", **each.members} for row, each in enumerate(raw)], folder)
     barrier(context.runtime.group)
-    sources = [Source(folder)]
+    shots = Pool(folder, name="shots")
+    sources = [Source(shots)]
     if old is not None and config.old is not None:
-        sources = [Source(folder, 1 - config.old.share), Source(old.shots.pool, config.old.share)]
+        sources = [Source(shots, 1 - config.old.share), Source(old.shots.pool, config.old.share)]
     classes = [*new.names, *(old.names if old else [])]
     words = [*new.words, *(old.words if old else [])]
     tokenize = clip_tokenizer(model.config.text_cfg.context_length)
@@ -276,6 +278,7 @@ def _train(
         loader=loader,
         context=context,
         phase="clip",
+        metrics=lambda: data_metrics(loader),
         param_groups=decay_groups(classifier.named_parameters(), config.trainer.optimizer.weight_decay),
     )
     classifier.eval()

@@ -25,7 +25,7 @@ from torch import Tensor
 from mmfoundry.data.decode import UnreadableSample
 from mmfoundry.data.instructions import InstructionEncoder
 from mmfoundry.data.instructions import collate as collate_conversations
-from mmfoundry.data.loader import Collate, Encode, Loader, Source
+from mmfoundry.data.loader import Collate, Encode, Loader
 from mmfoundry.data.named_tiles import NamedTiles, all_names
 from mmfoundry.data.named_tiles import collate as collate_tiles
 from mmfoundry.data.reader import Pool
@@ -45,7 +45,7 @@ from mmfoundry.pipeline.config import ArtifactRef, Config, StageConfig
 from mmfoundry.pipeline.optimizers import ParamGroup, decay_groups
 from mmfoundry.pipeline.stage import RunContext, Stage
 from mmfoundry.pipeline.trainer import TrainerConfig, TrainResult, train
-from mmfoundry.stages.pretrain import SKIP_LOG, DataSource, LoaderConfig
+from mmfoundry.stages.pretrain import SKIP_LOG, DataSource, LoaderConfig, data_metrics, open_pools, sources_of
 
 BLOCKS = "model.language_model.layers"  # transformers' names, so that adapters load on the released model
 
@@ -135,7 +135,7 @@ def align(
     config: AlignConfig, stage: InstructConfig, context: RunContext, model: VisionLanguageModel, text: VlmText
 ) -> TrainResult:
     """Train the connector, in place, to say the names of what tiles show."""
-    pools = open_pools(config.data, context, "align.")
+    pools = open_pools(config.data, stage.loader, context, "align.")
     names = all_names((meta for pool in pools for meta in _metadata(pool)), label=config.label, empty=config.empty)
     # With the space before it, a name is written as it is inside a sentence.
     vectors = name_vectors(model, [text.encode(f" {name}")[0] for name in names])
@@ -151,6 +151,7 @@ def align(
         loader=loader,
         context=context,
         phase="align",
+        metrics=lambda: data_metrics(loader),
     )
 
 
@@ -174,7 +175,7 @@ def tune(
         phase: name of the phase in files and logs.
         prefix: dotted field of `config` in the stage's config, with a dot behind, e.g. `tune.`.
     """
-    pools = open_pools(config.data, context, prefix)
+    pools = open_pools(config.data, loader, context, prefix)
     encode = InstructionEncoder(
         cut_tiles=tiles_of(model),
         pieces=text.settings.chat.pieces,
@@ -184,13 +185,15 @@ def tune(
         patch_id=text.patch_id,
         **config.questions.model_dump(),
     )
+    conversations = make_loader(config.data, pools, loader, config.trainer, context, encode, collate_conversations)
     return train(
         config.trainer,
         model=model,
         objective=OBJECTIVES["answer_tokens"],
-        loader=make_loader(config.data, pools, loader, config.trainer, context, encode, collate_conversations),
+        loader=conversations,
         context=context,
         phase=phase,
+        metrics=lambda: data_metrics(conversations),
         param_groups=_groups(model, config),
     )
 
@@ -199,11 +202,6 @@ def tiles_of(model: VisionLanguageModel) -> Callable[[NDArray[np.uint8]], Tensor
     """How a picture is cut up for a model: (H, W, 3) uint8 to (n, 3, side, side) uint8."""
     size, tiles = model.config.vision.image_size, model.config.tiles
     return partial(cut_tiles, size=size, min_tiles=tiles.min_tiles, max_tiles=tiles.max_tiles)
-
-
-def open_pools(data: Sequence[DataSource], context: RunContext, prefix: str) -> list[Pool]:
-    """The sources' shards."""
-    return [Pool(context.shards(f"{prefix}data.{i}.path"), name=each.path) for i, each in enumerate(data)]
 
 
 def make_loader(
@@ -217,7 +215,7 @@ def make_loader(
 ) -> Loader:
     """The loader of one phase."""
     return Loader(
-        [Source(pool, each.weight) for pool, each in zip(pools, data, strict=True)],
+        sources_of(data, pools),
         batch_size=trainer.samples_per_fetch(context.runtime.world_size),
         encode=encode,
         collate=collate,
@@ -226,7 +224,7 @@ def make_loader(
         world_size=context.runtime.world_size,
         skip_log=context.work / SKIP_LOG,
         group=context.runtime.group,
-        **config.model_dump(),
+        **config.options(),
     )
 
 

@@ -9,12 +9,14 @@ TensorBoard's files, and `skipped.jsonl` if samples could not be read.
 
 from __future__ import annotations
 
-from typing import Annotated, Literal
+from collections.abc import Sequence
+from typing import Annotated, Any, Literal
 
 from pydantic import Field, model_validator
 
 from mmfoundry.data.loader import Loader, Source
 from mmfoundry.data.pairs import PairEncoder, pad_text
+from mmfoundry.data.reader import Pool
 from mmfoundry.models.clip import CLIP, ClipConfig
 from mmfoundry.models.interop.load import load_any_clip
 from mmfoundry.models.io import save_clip
@@ -35,6 +37,11 @@ class DataSource(Config):
 
     path: ShardsRef = Field(description="shards: artifact folder, folder, tar, glob of tars, or a URL of these")
     weight: float = Field(1.0, gt=0, description="share of the samples drawn from here, in any unit")
+    upsampling: float | None = Field(
+        None,
+        gt=0,
+        description="how often each sample comes in an epoch, in place of weights; all sources have it or none",
+    )
 
 
 class AugmentationConfig(Config):
@@ -60,6 +67,13 @@ class LoaderConfig(Config):
         0, ge=0, description="decoded pictures are kept in memory up to this much, on each rank; 0: none"
     )
     max_unreadable: float = Field(0.01, ge=0, le=1, description="fraction of samples skipped; past it the stage stops")
+    index_dir: Annotated[str | None, Neutral()] = Field(
+        None, description="folder of the shards' indexes, where theirs is read-only or remote; null: beside each shard"
+    )
+
+    def options(self) -> dict[str, Any]:
+        """As arguments of `Loader`; the indexes are the pools' affair."""
+        return self.model_dump(exclude={"index_dir"})
 
 
 class PretrainConfig(StageConfig):
@@ -115,7 +129,7 @@ def run(config: PretrainConfig, context: RunContext) -> Artifact:
         keep_freed_memory()
     model, seed = _model(config, context)
     loader = Loader(
-        [Source(context.shards(f"data.{i}.path"), each.weight) for i, each in enumerate(config.data)],
+        sources_of(config.data, open_pools(config.data, config.loader, context)),
         batch_size=config.trainer.samples_per_fetch(runtime.world_size),
         encode=encoder_of(model.config, config.augmentation),
         finish=pad_text,
@@ -125,7 +139,7 @@ def run(config: PretrainConfig, context: RunContext) -> Artifact:
         skip_log=context.work / SKIP_LOG,
         device=runtime.device,
         group=runtime.group,
-        **config.loader.model_dump(),
+        **config.loader.options(),
     )
     parameters = sum(weight.numel() for weight in model.parameters())
     pools = ", ".join(f"{len(pool)} samples of {pool.name}" for pool in loader.pools)
@@ -136,28 +150,50 @@ def run(config: PretrainConfig, context: RunContext) -> Artifact:
         objective=weighted_sum(config.objectives),
         loader=loader,
         context=context,
-        metrics=lambda: skip_metrics(loader),
+        metrics=lambda: data_metrics(loader),
         param_groups=decay_groups(
             model.named_parameters(), config.trainer.optimizer.weight_decay, model.no_weight_decay()
         ),
     )
-    skipped = loader.counters()["skipped"]
+    skipped, seen = loader.counters()["skipped"], loader.seen()
     if runtime.is_main:
         save_clip(model, context.work, seed=seed)
     return context.finish(
         metrics={
             "loss": result.mean_loss,
             "samples_per_second": result.samples_per_second,
-            "samples_seen": result.steps * config.trainer.train_batch_size,
+            "samples_seen": result.samples,
+            "samples_repeated": sum(count for name, count in seen.items() if name.startswith("repeats/")),
             "samples_skipped": skipped,
             "parameters": parameters,
         }
     )
 
 
-def skip_metrics(loader: Loader) -> dict[str, float]:
-    """What was skipped so far, over all ranks, for the log: `skipped` and, by source and reason, its parts."""
-    return {name: count for name, count in loader.counters().items() if name.startswith("skipped")}
+def open_pools(data: Sequence[DataSource], loader: LoaderConfig, context: RunContext, prefix: str = "") -> list[Pool]:
+    """The sources' shards.
+
+    Args:
+        data: of the phase.
+        loader: how samples are read.
+        context: of the running stage.
+        prefix: dotted field that `data` lies in, with a dot behind, e.g. `tune.`.
+    """
+    return [
+        Pool(context.shards(f"{prefix}data.{i}.path"), name=each.path, index_dir=loader.index_dir)
+        for i, each in enumerate(data)
+    ]
+
+
+def sources_of(data: Sequence[DataSource], pools: Sequence[Pool]) -> list[Source]:
+    """What a loader draws from, and how often."""
+    return [Source(pool, each.weight, each.upsampling) for pool, each in zip(pools, data, strict=True)]
+
+
+def data_metrics(loader: Loader) -> dict[str, float]:
+    """For the log, over all ranks so far: what was skipped, by source and reason, and what was seen, by source."""
+    skipped = {name: count for name, count in loader.counters().items() if name.startswith("skipped")}
+    return skipped | loader.seen()
 
 
 def _model(config: PretrainConfig, context: RunContext) -> tuple[CLIP, int | None]:

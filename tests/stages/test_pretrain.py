@@ -179,11 +179,35 @@ def test_sixteen_bits_learn_as_well(shards: Path, tmp_path: Path) -> None:
         ({"objectives": {"info_nec": 1.0}}, "unknown objective 'info_nec'; did you mean info_nce"),
         ({"objectives": {"siglip": 1.0}}, "needs model.init_logit_bias"),
         ({"data": []}, "data"),
+        ({"trainer": {"train_batch_size": 16}}, "give one of max_steps, max_samples and max_epochs; given: none"),
+        ({"trainer": {"train_batch_size": 16, "max_steps": 2, "max_epochs": 1}}, "given: max_steps, max_epochs"),
     ],
 )
 def test_config_errors(changes: dict[str, Any], message: str, shards: Path) -> None:
     with pytest.raises(ConfigError, match=message):
         parse(PretrainConfig, tree(shards, **changes))
+
+
+def test_budgets_in_samples_and_epochs_and_what_was_seen(shards: Path, tmp_path: Path) -> None:
+    for index in shards.glob("*.idx"):
+        index.unlink()
+    count, name = 64, str(shards)
+    source = {"path": name, "upsampling": 2}
+    trainer = {key: value for key, value in tree(shards)["trainer"].items() if key != "max_steps"}
+    for budget, steps in ({"max_samples": 50}, 3), ({"max_epochs": 1.5}, round(1.5 * 2 * count) // 16):
+        config = tree(shards, data=[source], trainer=trainer | budget, loader={"index_dir": str(tmp_path / "indexes")})
+        artifact = run_stage(STAGE, parse(PretrainConfig, config), tmp_path / "-".join(budget), init_runtime())
+        *_, last = read_metrics(artifact.path / "metrics.jsonl")
+        seen, repeats = 16 * steps, max(0, 16 * steps - count)
+        assert last["step"] == steps
+        assert [last[f"{what}/{name}"] for what in ("seen", "unique", "repeats")] == [seen, seen - repeats, repeats]
+        metrics = artifact.manifest.metrics
+        assert (metrics["samples_seen"], metrics["samples_repeated"]) == (seen, repeats)
+    assert [*shards.glob("*.idx")] == []
+    assert [*(tmp_path / "indexes").iterdir()] != []
+    small = tree(shards, trainer=trainer | {"max_samples": 15})
+    with pytest.raises(ConfigError, match="15 samples are less than one step of train_batch_size 16"):
+        run_stage(STAGE, parse(PretrainConfig, small), tmp_path / "small", init_runtime())
 
 
 def test_vocabulary_must_be_the_tokenizers(shards: Path) -> None:
