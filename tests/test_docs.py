@@ -36,9 +36,9 @@ NAMED_FILE = re.compile(
     r"(?<![\w./-])(?:pipeline|models|evals|stages|launch|tests|configs|benchmarks|docs|data)/[\w./-]*\.(?:py|yaml|md)\b"
 )
 VERB = re.compile(r"(?:^|`|\n *)mmfoundry ([a-z]+)(?: ([a-z_]+))?")
-SUB_COMMANDS = {"data": {"keys", "inspect", "verify", "convert"}, "config": {"schema"}}
+SUB_COMMANDS = {"data": {"keys", "inspect", "verify", "convert", "reshard", "entries"}, "config": {"schema"}}
 VERBS = {"run", "index", "data", "config", "list", "doctor", "report", *OUR_STAGES}
-PLACEHOLDERS = {"configs/ENTRY.yaml"}
+PLACEHOLDERS = {"configs/ENTRY.yaml", "configs/filter/NAME.yaml"}
 
 
 @dataclass(frozen=True)
