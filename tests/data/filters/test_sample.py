@@ -6,7 +6,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from mmfoundry.data.filters.sample import CapPerCluster, Sample, draws_of
+from mmfoundry.data.filters.sample import CapPerCluster, Drawn, draws_of
 from mmfoundry.data.filters.tree import parse_filter
 from mmfoundry.pipeline.errors import ConfigError, UnknownColumn
 from tests.data.filters.cutting import assert_cuts_do_not_matter
@@ -19,14 +19,14 @@ def pool(count: int, **columns: object) -> pl.DataFrame:
 
 def test_a_fraction_is_about_that_many_and_independent_of_other_seeds() -> None:
     rows = pool(20_000)
-    kept = [Sample(fraction=0.3, seed=seed).keep(rows).to_numpy() for seed in (0, 1)]
+    kept = [Drawn(fraction=0.3, seed=seed).keep(rows).to_numpy() for seed in (0, 1)]
     for one in kept:
         assert abs(one.mean() - 0.3) < 0.015  # 4.6 standard deviations
     assert abs((kept[0] & kept[1]).mean() - 0.09) < 0.01
-    assert Sample(fraction=0.0).keep(rows).sum() == 0
-    assert Sample(fraction=1.0).keep(rows).sum() == rows.height
-    smaller = Sample(fraction=0.1).keep(rows)
-    assert (smaller & ~Sample(fraction=0.3).keep(rows)).sum() == 0, "a smaller sample is part of a larger one"
+    assert Drawn(fraction=0.0).keep(rows).sum() == 0
+    assert Drawn(fraction=1.0).keep(rows).sum() == rows.height
+    smaller = Drawn(fraction=0.1).keep(rows)
+    assert (smaller & ~Drawn(fraction=0.3).keep(rows)).sum() == 0, "a smaller sample is part of a larger one"
 
 
 def test_the_draw_is_the_same_everywhere() -> None:
@@ -40,7 +40,7 @@ def test_the_draw_is_the_same_everywhere() -> None:
 def test_a_count(numbers: list[int], count: int, seed: int, data: st.DataObject) -> None:
     """So many samples, however many captions they have, in whatever parts they come."""
     rows = pl.DataFrame({"uid": pl.Series([uid(number) for number in numbers], dtype=pl.String)})
-    kept = assert_cuts_do_not_matter(Sample(count=count, seed=seed), rows, data)
+    kept = assert_cuts_do_not_matter(Drawn(count=count, seed=seed), rows, data)
     chosen = {number for number, verdict in zip(numbers, kept, strict=True) if verdict}
     assert len(chosen) == min(count, len(set(numbers)))
     assert kept == [number in chosen for number in numbers]
