@@ -19,10 +19,9 @@ import polars as pl
 from mmfoundry.data.derived.base import DERIVATIONS, sources_of
 from mmfoundry.data.filters.account import IDENTITY_READ, Account, Judgement, account_of, judgement_of
 from mmfoundry.data.filters.base import Filter, PoolFilter
-from mmfoundry.data.filters.dedup import UniqueUid
 from mmfoundry.data.filters.examples import candidates_of
 from mmfoundry.data.filters.passes import Standing, columns_of, take_turns
-from mmfoundry.data.filters.plan import Plan, Step, Turn, plan_of
+from mmfoundry.data.filters.plan import Plan, Step, Turn, plan_of, uid_operation
 from mmfoundry.data.filters.subset import to_subset
 from mmfoundry.data.parts import Part
 from mmfoundry.data.shard_names import Shard
@@ -75,25 +74,33 @@ class Judging:
         alone: whether each is judged by itself as well.
         pool: digest of the pool and of how its columns are made.
         cache: where partials, states and verdicts lie.
+        unique: whether it is taken that no uid comes twice, see `plan_of`; `is_unique` tells whether that was right.
     """
 
     steps: tuple[Step, ...]
     alone: bool
     pool: str
     cache: TableCache
+    unique: bool = False
 
     def plan(self) -> Plan:
         """What there is to do."""
-        said = repr((self.steps, self.alone))
+        said = repr((self.steps, self.alone, self.unique))
         if said not in _plans:
             _plans.clear()
-            _plans[said] = plan_of(self.steps, self.alone)
+            _plans[said] = plan_of(self.steps, self.alone, self.unique)
         return _plans[said]
+
+    def is_unique(self) -> bool:
+        """Whether no uid comes twice; known after the first pass."""
+        plan = self.plan()
+        return not _state(self.state_path(plan, Turn(uid_operation(plan), 0))).height
 
     def key(self) -> str:
         """What all verdicts depend on besides the part."""
         plan = self.plan()
-        said = "\n".join([self.pool, str(self.alone), *(plan.key(n, self.pool) for n in range(len(plan.operations)))])
+        keys = [plan.key(number, self.pool) for number in range(len(plan.operations))]
+        said = "\n".join([self.pool, str(self.alone), str(self.unique), *keys])
         return hashlib.sha256(said.encode()).hexdigest()[:32]
 
     def verdicts_path(self, number: int, part: Part) -> Path:
@@ -147,7 +154,8 @@ def take_pass(job: PassJob) -> None:
         states[turn.operation] = [_state(judging.state_path(plan, each)) for each in rounds[: turn.round]]
         if turn.round is None:
             paths = [judging.partial_path(plan, each, part) for each in rounds]
-            standing.partials[turn.operation] = [_whole(cache, path) for path in paths]
+            if _foregone(plan, turn, states) is None:
+                standing.partials[turn.operation] = [_whole(cache, path) for path in paths]
         for name in [
             name for name, maker in DERIVATIONS.items() if maker.dear and operation.filter.columns() & set(maker.makes)
         ]:
@@ -156,7 +164,8 @@ def take_pass(job: PassJob) -> None:
             if known is not None:
                 standing.derived[name, key] = known
     found_before = set(standing.derived)
-    table = part.read(columns_of(plan, turns))
+    looked_at = [turn for turn in turns if _foregone(plan, turn, states) is None]
+    table = part.read(columns_of(plan, looked_at))
     take_turns(plan, turns, table, standing, states, lambda number: plan.reach_key(number, judging.pool))
     for turn in turns:
         if turn.round is not None:
@@ -166,6 +175,11 @@ def take_pass(job: PassJob) -> None:
             cache.put(cache.path("derived", f"{name}-{key}", part.identity), values)
     if any(turn.round is None for turn in turns):
         cache.put(place, _found(plan, turns, standing, table.height, judging.pool))
+
+
+def _foregone(plan: Plan, turn: Turn, states: dict[int, list[pl.DataFrame]]) -> bool | None:
+    one = plan.operations[turn.operation].filter
+    return one.foregone(states[turn.operation]) if isinstance(one, PoolFilter) and turn.round is None else None
 
 
 def _found(plan: Plan, turns: Sequence[Turn], standing: Standing, height: int, pool: str) -> pl.DataFrame:
@@ -322,8 +336,7 @@ def count(job: AccountJob) -> Counted:
 
 def _repeated(judging: Judging, plan: Plan, part: Part, judgement: Judgement) -> pl.DataFrame:
     """The samples whose uid is not theirs alone; different captions under one uid are a conflict."""
-    number = next(n for n, operation in enumerate(plan.operations) if isinstance(operation.filter, UniqueUid))
-    state = _state(judging.state_path(plan, Turn(number, 0)))
+    state = _state(judging.state_path(plan, Turn(uid_operation(plan), 0)))
     if not state.height:
         return pl.DataFrame(schema=REPEATED)
     rows = judgement.pairs.select("index", "uid", *high_low()).join(state, on=["high", "low"], how="semi")

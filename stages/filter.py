@@ -250,7 +250,7 @@ def _judge(
     truth: bool,
 ) -> tuple[Judging, list[Counted] | None]:
     judging = Judging(tuple(steps), config.alone, pool_digest(parts), cache)
-    run_passes(judging, parts, workers)
+    judging = run_passes(judging, parts, workers)
     columns = sorted(config.tree().columns() | config.outputs())
     of_tars = any(isinstance(part, TablePart) for part in parts)
     outputs = context.work if of_tars or config.tables or config.blur_faces else None

@@ -31,7 +31,7 @@ from mmfoundry.data.filter_jobs import (
     take_pass,
     write_kept,
 )
-from mmfoundry.data.filters.plan import Step
+from mmfoundry.data.filters.plan import Step, Turn, uid_operation
 from mmfoundry.data.index import ShardIndex
 from mmfoundry.data.new_shards import ReshardOptions, shard_jobs, write
 from mmfoundry.data.parts import Part, TablePart
@@ -191,7 +191,7 @@ def score_shards(
     if before:
         judging = Judging(tuple(before), False, pool_digest(parts), cache)
         before_key = judging.key()
-        run_passes(judging, parts, workers)
+        judging = run_passes(judging, parts, workers)
         places = [cache.path("kept", before_key, part.identity) for part in parts]
         workers.map(write_kept, [KeptJob(judging, part, place) for part, place in zip(parts, places, strict=True)])
         only = list(places)
@@ -259,19 +259,36 @@ def pool_digest(parts: Sequence[Part]) -> str:
     return _digest(*(part.identity for part in parts))
 
 
-def run_passes(judging: Judging, parts: Sequence[Part], workers: Workers) -> None:
-    """Judge the parts, pass after pass."""
+def run_passes(judging: Judging, parts: Sequence[Part], workers: Workers) -> Judging:
+    """Judge the parts, pass after pass.
+
+    Returns:
+        What was carried out: it is tried first as if no uid came twice, which saves a pass, and begun anew if one does.
+    """
+    tried = dataclasses.replace(judging, unique=True)
+    if _run_passes(tried, parts, workers):
+        return tried
+    _run_passes(judging, parts, workers)
+    return judging
+
+
+def _run_passes(judging: Judging, parts: Sequence[Part], workers: Workers) -> bool:
+    """False where uids come twice although it was taken that none does."""
     context = workers.context
-    passes = judging.plan().passes()
+    plan = judging.plan()
+    passes, asked = plan.passes(), Turn(uid_operation(plan), 0)
     with context.progress(len(passes) * len(parts), "filter: judging", "parts") as bar:
         for number, turns in enumerate(passes):
             jobs = [PassJob(judging, number, part) for part in parts]
             workers.map(take_pass, jobs, lambda place, result: bar.advance(context.runtime.world_size))
-            merges = [MergeJob(judging, turn, tuple(parts)) for turn in turns if turn.round is not None]
             if context.runtime.is_main:
-                for job in merges:
-                    merge(job)
+                for turn in turns:
+                    if turn.round is not None:
+                        merge(MergeJob(judging, turn, tuple(parts)))
             barrier(context.runtime.group)
+            if judging.unique and asked in turns and not judging.is_unique():
+                return False
+    return True
 
 
 def count_parts(

@@ -24,6 +24,8 @@ class Filter(Config):
     One that looks at rows together (duplicates, a top fraction) is a `PoolFilter`.
     """
 
+    needs_uid: ClassVar[bool] = False
+
     @property
     def scope(self) -> Literal["row", "pool"]:
         """Whether the verdict on a row depends on that row alone, so that a pool can be judged in parts."""
@@ -45,11 +47,11 @@ class Filter(Config):
         """The verdict on each row, in the order of the table.
 
         Args:
-            table: at least `columns()` and "uid", which tells the rows of one sample.
+            table: at least `columns()` and, for a filter that `needs_uid`, "uid", which tells the rows of one sample.
         Returns:
             Boolean series of the table's height; null where a row cannot be judged.
         """
-        return table.select("uid", __keep=self.expression().cast(pl.Boolean))["__keep"].alias("keep")
+        return table.with_columns(__keep=self.expression().cast(pl.Boolean))["__keep"].alias("keep")
 
     def parts(self) -> tuple[tuple[str, "Filter"], ...]:
         """Steps that are applied one after the other, for a filter that is a sequence; empty for all others."""
@@ -66,6 +68,11 @@ class PoolFilter(Filter):
     """
 
     num_rounds: ClassVar[int] = 1
+    needs_uid: ClassVar[bool] = True
+
+    def foregone(self, states: Sequence[pl.DataFrame]) -> bool | None:
+        """The verdict on every row, where the states alone tell it; None: rows must be looked at."""
+        return None
 
     @property
     def scope(self) -> Literal["row", "pool"]:
@@ -80,7 +87,7 @@ class PoolFilter(Filter):
         """What round `len(states)` must know of one part.
 
         Args:
-            table: "uid" and `columns()` of those rows of one part that reached this filter; perhaps none.
+            table: `columns()`, and "uid" if it `needs_uid`, of a part's rows that reached this filter; perhaps none.
             states: of the earlier rounds.
         """
         raise NotImplementedError

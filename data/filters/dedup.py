@@ -68,10 +68,12 @@ class UniqueUid(PoolFilter):
             .sort("high", "low")
         )
 
+    def foregone(self, states: Sequence[pl.DataFrame]) -> bool | None:
+        """True where no uid comes twice."""
+        return None if states[0].height else True
+
     def judge(self, table: pl.DataFrame, states: Sequence[pl.DataFrame], partials: Sequence[pl.DataFrame]) -> pl.Series:
         """True for the rows of the first sample of each uid."""
-        if not states[0].height:
-            return pl.Series("keep", [True]).new_from_index(0, table.height)
         rows = table.select(*high_low(), here=_place())
         rows = rows.join(states[0], on=["high", "low"], how="left", maintain_order="left")
         return rows.select(keep=(pl.col("place") == pl.col("here")).fill_null(True)).to_series()

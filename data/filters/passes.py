@@ -39,8 +39,10 @@ class Standing:
 
 def columns_of(plan: Plan, turns: Sequence[Turn]) -> frozenset[str]:
     """The columns of a part, none of them derived, that turns need."""
-    asked = {name for turn in turns for name in plan.operations[turn.operation].filter.columns()}
-    return sources_of(asked) | {"uid"}
+    filters = [plan.operations[turn.operation].filter for turn in turns]
+    asked = sources_of(name for one in filters for name in one.columns())
+    # a table without any column would not know how many rows it has
+    return asked | {"uid"} if any(one.needs_uid for one in filters) else asked or frozenset({"index"})
 
 
 def take_turns(
@@ -66,9 +68,15 @@ def take_turns(
         operation = plan.operations[number]
         one = operation.filter
         reached = standing.reached(plan, number)
+        partials = standing.partials.setdefault(number, [])
+        foregone = one.foregone(states.get(number, [])) if isinstance(one, PoolFilter) and turn.round is None else None
+        if foregone is not None:
+            everywhere = pl.Series("keep", [foregone]).new_from_index(0, table.height)
+            nowhere = pl.Series("keep", [None], dtype=pl.Boolean)
+            standing.verdicts[number] = everywhere if reached is None else everywhere.zip_with(reached, nowhere)
+            continue
         rows = table if reached is None else table.filter(reached)
         rows = _with_derived(rows, one.columns(), standing, reach_key(number))
-        partials = standing.partials.setdefault(number, [])
         if turn.round is not None:
             assert isinstance(one, PoolFilter)
             partials.append(one.partial(rows, states.get(number, [])))

@@ -197,15 +197,21 @@ def _content(path: Path, size: int, modified: int) -> str:
     return fingerprint(path)
 
 
-def plan_of(steps: Sequence[Step], alone: bool = True) -> Plan:
+def plan_of(steps: Sequence[Step], alone: bool = True, unique: bool = False) -> Plan:
     """Plan the judging of steps in sequence and, if asked for, of each by itself.
 
     Where each is judged by itself anyway, a filter that looks at rows one by one is applied once, to all rows; without
     that, it sees only the rows that earlier steps left.
+
+    Args:
+        steps: from `steps_of`.
+        alone: also judge each by itself.
+        unique: no uid comes twice, so that nothing has to wait for `unique_uid`; whoever says so makes sure of it.
     """
     plan = Plan(list(steps))
+    told: list[Verdict] = []  # those of steps that may drop something
     for _, one in steps:
-        before = tuple(plan.in_sequence)
+        before = tuple(told)
         if alone:
             first = len(plan.operations)
             by_itself = _compiled(one, (), plan)
@@ -214,7 +220,14 @@ def plan_of(steps: Sequence[Step], alone: bool = True) -> Plan:
             plan.in_sequence.append(_compiled(one, before, plan) if again else by_itself)
         else:
             plan.in_sequence.append(_compiled(one, before, plan))
+        if not (unique and isinstance(one, UniqueUid)):
+            told.append(plan.in_sequence[-1])
     return plan
+
+
+def uid_operation(plan: Plan) -> int:
+    """The first operation that looks for repeated uids; every plan has one."""
+    return next(n for n, operation in enumerate(plan.operations) if isinstance(operation.filter, UniqueUid))
 
 
 def _compiled(one: Filter, reach: tuple[Verdict, ...], plan: Plan) -> Verdict:

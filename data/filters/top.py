@@ -29,6 +29,7 @@ class Highest(PoolFilter):
     """
 
     num_rounds: ClassVar[int] = 2
+    needs_uid: ClassVar[bool] = False
 
     def value(self) -> pl.Expr:
         """What is sorted, as Float64; null or NaN where a row has none."""

@@ -206,6 +206,18 @@ def test_repeated_uids_and_conflicts_are_told(pool: Path, tmp_path: Path) -> Non
     assert funnel["filters"][1]["sequence"]["dropped"] == 3
 
 
+def test_repeated_uids_cost_a_pass_and_change_nothing_else(pool: Path, tmp_path: Path) -> None:
+    """A uid that comes twice, dropped where it comes again, leaves what would have been kept without it."""
+    expected = read_subset(run(pool, tmp_path / "once").path / "subset.npy")
+    again = pl.concat([pl.read_parquet(pool / f"{number}.parquet") for number in range(FILES)])[::3]
+    again.with_columns(clip_l14_similarity_score=pl.lit(0.9)).write_parquet(pool / "9.parquet")
+    for alone in (True, False):
+        made = run(pool, tmp_path / f"twice-{alone}", alone=alone)
+        assert read_subset(made.path / "subset.npy") == expected
+    late = {"all": [*TREE["all"], "unique_uid"]}
+    assert len(read_subset(run(pool, tmp_path / "late", filters=late).path / "subset.npy")) >= len(expected)
+
+
 def test_columns_that_only_images_tell(pool: Path, tmp_path: Path) -> None:
     with pytest.raises(UnknownColumn, match=r"0\.parquet: a filter reads pixel_deviation, which has to be computed"):
         run(pool, tmp_path / "out", filters={"not_blank": None})
