@@ -30,8 +30,10 @@ from mmfoundry.pipeline import checkpoint
 from mmfoundry.pipeline.artifact import write_atomic
 from mmfoundry.pipeline.config import Neutral
 from mmfoundry.pipeline.distributed import Runtime
-from mmfoundry.pipeline.engine import Batch, Engine, EngineConfig, Objective
+from mmfoundry.pipeline.engine import Engine, Objective
+from mmfoundry.pipeline.engine_config import EngineConfig
 from mmfoundry.pipeline.errors import PREEMPTED_EXIT_CODE, MmfoundryError
+from mmfoundry.pipeline.grad_cache import Batch
 from mmfoundry.pipeline.metrics import Tally
 from mmfoundry.pipeline.optimizers import OPTIMIZERS, OptimizerConfig, ParamGroup, decay_groups
 from mmfoundry.pipeline.schedules import SchedulerConfig, lr_factor
@@ -241,9 +243,8 @@ class _Training:
         tally = Tally()
         losses = []
         for batch, weight in zip(batches, self._micro_weights(batches), strict=True):
-            values = self.engine.forward(to_device(batch, device))
-            self.engine.backward(values["loss"] if weight is None else values["loss"] * weight)
-            losses.append(values["loss"].detach())
+            values = self.engine.accumulate(to_device(batch, device), weight)
+            losses.append(values["loss"])
             tally.add(values | {"stop": asked}, 1.0 if weight is None else weight)
         joint = tally.means(self.runtime.group)  # the one wait for the device before the update
         if not math.isfinite(joint["loss"]):
