@@ -9,7 +9,6 @@ same samples into ranks and micro-batches gives the same loss and gradient.
 
 from __future__ import annotations
 
-import json
 import math
 import signal
 import threading
@@ -27,20 +26,17 @@ from pydantic import Field
 from torch import Tensor, nn
 
 from mmfoundry.pipeline import checkpoint
-from mmfoundry.pipeline.artifact import write_atomic
 from mmfoundry.pipeline.config import Neutral
-from mmfoundry.pipeline.distributed import Runtime
 from mmfoundry.pipeline.engine import Engine, Objective
 from mmfoundry.pipeline.engine_config import EngineConfig
-from mmfoundry.pipeline.errors import PREEMPTED_EXIT_CODE, MmfoundryError
+from mmfoundry.pipeline.errors import PREEMPTED_EXIT_CODE
 from mmfoundry.pipeline.grad_cache import Batch
+from mmfoundry.pipeline.guard import NON_FINITE, Guard, GuardConfig, NonFinite
+from mmfoundry.pipeline.heartbeat import Doing, Heartbeat, HeartbeatConfig
 from mmfoundry.pipeline.metrics import Tally
 from mmfoundry.pipeline.optimizers import OPTIMIZERS, OptimizerConfig, ParamGroup, decay_groups
 from mmfoundry.pipeline.schedules import SchedulerConfig, lr_factor
 from mmfoundry.pipeline.stage import CHECKPOINTS, RunContext
-
-KEYS = "__key__"  # in a batch: the samples' keys, named when a loss is not finite
-KEYS_SHOWN = 8
 
 
 class TrainerConfig(EngineConfig):
@@ -49,6 +45,10 @@ class TrainerConfig(EngineConfig):
     max_steps: int = Field(gt=0, description="optimizer steps of the phase")
     optimizer: OptimizerConfig = Field(OptimizerConfig(), description="how gradients become updates")
     scheduler: SchedulerConfig = Field(SchedulerConfig(), description="how the learning rate moves")
+    guard: GuardConfig = Field(GuardConfig(), description="what to do about steps that would spoil the weights")
+    heartbeat: Annotated[HeartbeatConfig, Neutral()] = Field(
+        HeartbeatConfig(), description="when a rank counts as lost, and the others end"
+    )
     eval_steps: int = Field(0, ge=0, description="optimizer steps between evaluations; 0: none while training")
     save_steps: Annotated[int, Neutral()] = Field(
         500, ge=0, description="optimizer steps between checkpoints; 0: one at the end only"
@@ -100,10 +100,6 @@ class TrainResult:
         return {"loss": numbers.pop("final_loss"), **numbers}
 
 
-class NonFinite(MmfoundryError):
-    """A loss or gradient is infinite or not a number; raised on every rank before the weights are touched."""
-
-
 def train(
     config: TrainerConfig,
     *,
@@ -131,7 +127,9 @@ def train(
         evaluate: called with the step every `eval_steps` steps, in eval mode without gradients, on every rank.
     Raises:
         NonFinite: a loss or gradient is not finite; the step and the samples are named.
+        LossSpike: a loss is far above the last ones, where `config.guard` looks for that.
         NotEnoughSpace: no room for a checkpoint; the previous one is intact.
+        LostRank: another rank hangs or is gone.
         SystemExit: code 85 after SIGTERM or SIGUSR1; a checkpoint was written.
     """
     return _Training(config, model, objective, loader, context, phase, metrics, evaluate).run(param_groups)
@@ -145,7 +143,7 @@ class _Progress:
     samples: int = 0
     seconds: float = 0.0
     waited_s: float = 0.0
-    skipped_steps: int = 0  # fp16 only: the loss scale was too high
+    skipped_steps: int = 0  # in fp16 the loss scale was too high, or the guard left them out
 
 
 class _Training:
@@ -165,6 +163,8 @@ class _Training:
         self.runtime = context.runtime
         self.folder = context.work / CHECKPOINTS / phase
         self.accumulation = config.micro_batches(self.runtime.world_size)[1]
+        self.guard = Guard(config.guard, self.runtime, context.work, phase, context.log.say)
+        self.heart = Heartbeat(config.heartbeat, self.runtime, context.work)
         self.progress = _Progress()
         self.recent: deque[float] = deque(maxlen=max(1, config.max_steps // 20))
 
@@ -175,6 +175,8 @@ class _Training:
             found.load_model(self.model)
             self.progress = _Progress(**found.state["progress"])
             self.recent.extend(found.state["recent_losses"])
+            if "guard" in found.state:  # not in those of earlier releases
+                self.guard.load_state_dict(found.state["guard"])
             self.loader.load_state_dict(found.state["loader"])
             self.context.log.say(f"{self.phase}: goes on from the checkpoint of step {found.step}")
         self.context.log.rewind(self.phase, self.progress.step)
@@ -206,7 +208,7 @@ class _Training:
     def _loop(self, batches: Iterator[Batch]) -> None:
         config, progress = self.config, self.progress
         bar = self.context.progress(config.max_steps, self.phase, "steps")
-        with _Preemption() as preemption, bar as shown:
+        with self.heart, _Preemption() as preemption, bar as shown:
             shown.advance(progress.step)
             self._restart_clock()
             while progress.step < config.max_steps:
@@ -229,6 +231,7 @@ class _Training:
 
     def _fetch(self, batches: Iterator[Batch]) -> list[Batch]:
         """The step's micro-batches, still on the host."""
+        self.heart.at(self.progress.step + 1, Doing.DATA)
         start = time.perf_counter()
         fetched = [next(batches) for _ in range(self.accumulation)]
         waited = time.perf_counter() - start
@@ -238,7 +241,8 @@ class _Training:
 
     def _update(self, batches: list[Batch], stop: bool) -> dict[str, float]:
         """One optimizer step; the joint loss and metrics, and whether any rank was told to stop."""
-        device = self.runtime.device
+        device, step = self.runtime.device, self.progress.step + 1
+        self.heart.at(step, Doing.LOSSES)
         asked = torch.tensor(float(stop), device=device)
         tally = Tally()
         losses = []
@@ -246,19 +250,33 @@ class _Training:
             values = self.engine.accumulate(to_device(batch, device), weight)
             losses.append(values["loss"])
             tally.add(values | {"stop": asked}, 1.0 if weight is None else weight)
+        self.heart.at(step, Doing.JOINING)
         joint = tally.means(self.runtime.group)  # the one wait for the device before the update
-        if not math.isfinite(joint["loss"]):
-            self._refuse("loss", joint["loss"], batches, losses)
-        factor = lr_factor(self.config.scheduler, self.progress.step, self.config.max_steps)
-        norm = self.engine.step(factor)
-        if not math.isfinite(norm):
-            if self.config.precision != "fp16" or self.engine.loss_scale <= 1.0:
-                self._refuse("gradient", norm, batches, losses)
-            self.progress.skipped_steps += 1
+        self.heart.at(step, Doing.UPDATE)
+        norm = self._step(joint["loss"], batches, losses)
         self.progress.step += 1
         self.progress.samples += self.config.train_batch_size
-        self.recent.append(joint["loss"])
         return joint | {"grad_norm": norm}
+
+    def _step(self, loss: float, batches: list[Batch], losses: list[Tensor]) -> float:
+        """Update the weights, unless the guard has something against it; the norm of the gradient."""
+        step = self.progress.step + 1
+        trouble = self.guard.trouble(loss)
+        if trouble is not None:
+            self.guard.answer(trouble, "loss", loss, step, batches, losses)
+            self.engine.discard()
+            self.progress.skipped_steps += 1
+            return math.nan
+        factor = lr_factor(self.config.scheduler, self.progress.step, self.config.max_steps)
+        norm = self.engine.step(factor * self.guard.caution)
+        self.recent.append(loss)
+        if math.isfinite(norm):
+            self.guard.accept(loss)
+            return norm
+        if self.config.precision != "fp16" or self.engine.loss_scale <= 1.0:
+            self.guard.answer(NON_FINITE, "gradient", norm, step, batches, losses)
+        self.progress.skipped_steps += 1
+        return norm
 
     def _micro_weights(self, batches: list[Batch]) -> list[Tensor | None]:
         """What each micro-batch's joint loss is multiplied with, 1 on average; None stands for 1."""
@@ -276,7 +294,9 @@ class _Training:
         step = self.progress.step
         line = joint | {"lr": self.engine.lr}
         if self.config.precision == "fp16":
-            line |= {"loss_scale": self.engine.loss_scale, "skipped_steps": self.progress.skipped_steps}
+            line |= {"loss_scale": self.engine.loss_scale}
+        if self.config.precision == "fp16" or self.config.guard != GuardConfig():
+            line |= {"skipped_steps": self.progress.skipped_steps}
         point = step % self.config.logging_steps == 0 or step == self.config.max_steps
         if point:
             seconds = max(time.perf_counter() - self._window_start, 1e-9)
@@ -287,6 +307,7 @@ class _Training:
         self.context.log.scalars(step, line, self.phase, tensorboard=point)
 
     def _evaluate(self, evaluate: Callable[[int], Mapping[str, float]]) -> None:
+        self.heart.at(self.progress.step, Doing.EVALUATION)
         self.model.eval()
         with torch.no_grad():
             numbers = evaluate(self.progress.step)
@@ -296,12 +317,14 @@ class _Training:
         self._restart_window()
 
     def _save(self) -> None:
+        self.heart.at(self.progress.step, Doing.CHECKPOINT)
         self._stop_clock()
         self.context.log.flush()
         state = {
             "step": self.progress.step,
             "progress": asdict(self.progress),
             "recent_losses": list(self.recent),
+            "guard": self.guard.state_dict(),
             "loader": self.loader.state_dict(),
         }
         checkpoint.save(self.folder, self.engine, state, self.config.keep_checkpoints, self.runtime)
@@ -320,27 +343,10 @@ class _Training:
         self._window_step = self.progress.step
         self._window_waited_s = 0.0
 
-    def _refuse(self, what: str, value: float, batches: list[Batch], losses: list[Tensor]) -> None:
-        """Stop on every rank, naming step and samples; all keys go to a file."""
-        keys = [str(key) for batch in batches for key in batch.get(KEYS, ())]
-        mine = {"rank": self.runtime.rank, "losses": [float(loss) for loss in losses], "keys": keys}
-        reports = _all_gather(mine, self.runtime)
-        step = self.progress.step + 1
-        if self.runtime.is_main:
-            place = self.context.work / f"non_finite-{self.phase}-{step:06d}.json"
-            write_atomic(place, json.dumps({"what": what, "step": step, "ranks": reports}, indent=1) + "\n")
-        bad = [r for r in reports if not all(math.isfinite(loss) for loss in r["losses"])] or reports
-        named = [key for report in bad for key in report["keys"]]
-        shown = ", ".join(named[:KEYS_SHOWN]) + (f" and {len(named) - KEYS_SHOWN} more" if named[KEYS_SHOWN:] else "")
-        self.context.log.close()
-        raise NonFinite(
-            f"{self.phase} step {step}: the {what} is {value} on rank(s) {', '.join(str(r['rank']) for r in bad)} "
-            f"with the samples {shown or '(no keys in the batch)'}; the weights were not touched: look at these "
-            "samples, or lower optimizer.lr, and run again from the last checkpoint"
-        )
-
     def _result(self) -> TrainResult:
         done = self.progress
+        if not self.recent:
+            raise NonFinite(f"{self.phase}: not one of {done.step} steps had a loss to learn from")
         seconds = max(done.seconds, 1e-9)
         return TrainResult(
             steps=done.step,
@@ -384,11 +390,3 @@ def to_device(value: Any, device: torch.device) -> Any:
     if isinstance(value, list | tuple):
         return type(value)(to_device(part, device) for part in value)
     return value
-
-
-def _all_gather(value: dict[str, Any], runtime: Runtime) -> list[dict[str, Any]]:
-    if runtime.group is None:
-        return [value]
-    gathered: list[Any] = [None] * runtime.world_size
-    dist.all_gather_object(gathered, value, group=runtime.group)
-    return gathered
