@@ -66,7 +66,13 @@ class Checkpoint:
         names = {parameter: name for name, parameter in _trainable(engine.model).items()}
         keys, count = self.state["optimizer"]["keys"], self.state["optimizer"]["updates"]
         with _open(self.path / OPTIMIZER) as file:
-            optimizer_state.load_states(engine, keys, count, lambda p, key: file.get_tensor(f"{names[p]}/{key}"))
+            held = frozenset(file.keys())
+
+            def read(parameter: nn.Parameter, key: str) -> Tensor | None:
+                entry = f"{names[parameter]}/{key}"
+                return file.get_tensor(entry) if entry in held else None
+
+            optimizer_state.load_states(engine, keys, count, read)
         engine.restore_loss_scale(self.state["loss_scale"], self.state["good_steps"])
 
     def restore_rng(self, runtime: Runtime, seed: int) -> None:
@@ -218,8 +224,8 @@ def _model_tensors(engine: Engine, names: list[str]) -> Iterator[Tensor]:
 
 
 def _optimizer_specs(engine: Engine, keys: list[str]) -> dict[str, Spec]:
-    parameters = _trainable(engine.model)
-    return {f"{name}/{key}": (torch.float32, _shape(p)) for name, p in parameters.items() for key in keys}
+    shapes = {name: optimizer_state.state_shapes(engine, p, keys) for name, p in _trainable(engine.model).items()}
+    return {f"{name}/{key}": (torch.float32, shape) for name, kept in shapes.items() for key, shape in kept.items()}
 
 
 def _optimizer_tensors(engine: Engine, names: list[str]) -> Iterator[Tensor]:

@@ -27,14 +27,16 @@ from torch import Tensor, nn
 
 from mmfoundry.pipeline import checkpoint
 from mmfoundry.pipeline.config import Neutral
+from mmfoundry.pipeline.ema import Ema, EmaConfig
 from mmfoundry.pipeline.engine import Engine, Objective
-from mmfoundry.pipeline.engine_config import EngineConfig
+from mmfoundry.pipeline.engine_config import EngineConfig, zero_stage
 from mmfoundry.pipeline.errors import PREEMPTED_EXIT_CODE
+from mmfoundry.pipeline.gauges import Gauges, Work
 from mmfoundry.pipeline.grad_cache import Batch
 from mmfoundry.pipeline.guard import NON_FINITE, Guard, GuardConfig, NonFinite
 from mmfoundry.pipeline.heartbeat import Doing, Heartbeat, HeartbeatConfig
 from mmfoundry.pipeline.metrics import Tally
-from mmfoundry.pipeline.optimizers import OPTIMIZERS, OptimizerConfig, ParamGroup, decay_groups
+from mmfoundry.pipeline.optimizers import OptimizerConfig, ParamGroup, build_optimizer, decay_groups
 from mmfoundry.pipeline.schedules import SchedulerConfig, lr_factor
 from mmfoundry.pipeline.stage import CHECKPOINTS, RunContext
 
@@ -45,6 +47,7 @@ class TrainerConfig(EngineConfig):
     max_steps: int = Field(gt=0, description="optimizer steps of the phase")
     optimizer: OptimizerConfig = Field(OptimizerConfig(), description="how gradients become updates")
     scheduler: SchedulerConfig = Field(SchedulerConfig(), description="how the learning rate moves")
+    ema: EmaConfig | None = Field(None, description="a moving average of the weights, kept beside them; None: none")
     guard: GuardConfig = Field(GuardConfig(), description="what to do about steps that would spoil the weights")
     heartbeat: Annotated[HeartbeatConfig, Neutral()] = Field(
         HeartbeatConfig(), description="when a rank counts as lost, and the others end"
@@ -111,6 +114,7 @@ def train(
     param_groups: list[ParamGroup] | None = None,
     metrics: Callable[[], Mapping[str, float]] | None = None,
     evaluate: Callable[[int], Mapping[str, float]] | None = None,
+    work: Callable[[Mapping[str, Any]], Work] | None = None,
 ) -> TrainResult:
     """Train for `config.max_steps` steps, going on from the newest complete checkpoint in the work folder.
 
@@ -125,6 +129,7 @@ def train(
         param_groups: from `decay_groups`; None: all trainable parameters, vectors not decayed.
         metrics: more numbers for the log, asked for every `logging_steps` steps.
         evaluate: called with the step every `eval_steps` steps, in eval mode without gradients, on every rank.
+        work: what a micro-batch costs one rank, for tokens and operations a second in the log.
     Raises:
         NonFinite: a loss or gradient is not finite; the step and the samples are named.
         LossSpike: a loss is far above the last ones, where `config.guard` looks for that.
@@ -132,7 +137,7 @@ def train(
         LostRank: another rank hangs or is gone.
         SystemExit: code 85 after SIGTERM or SIGUSR1; a checkpoint was written.
     """
-    return _Training(config, model, objective, loader, context, phase, metrics, evaluate).run(param_groups)
+    return _Training(config, model, objective, loader, context, phase, metrics, evaluate, work).run(param_groups)
 
 
 @dataclass
@@ -157,10 +162,12 @@ class _Training:
         phase: str,
         metrics: Callable[[], Mapping[str, float]] | None,
         evaluate: Callable[[int], Mapping[str, float]] | None,
+        work: Callable[[Mapping[str, Any]], Work] | None,
     ) -> None:
         self.config, self.model, self.objective, self.loader = config, model, objective, loader
         self.context, self.phase, self.metrics, self.evaluate = context, phase, metrics, evaluate
         self.runtime = context.runtime
+        self.gauges = Gauges(model, self.runtime, config.precision, work)
         self.folder = context.work / CHECKPOINTS / phase
         self.accumulation = config.micro_batches(self.runtime.world_size)[1]
         self.guard = Guard(config.guard, self.runtime, context.work, phase, context.log.say)
@@ -187,10 +194,16 @@ class _Training:
     def _fit(self, found: checkpoint.Checkpoint | None, param_groups: list[ParamGroup] | None) -> None:
         config, runtime = self.config, self.runtime
         groups = param_groups or decay_groups(self.model.named_parameters(), config.optimizer.weight_decay)
-        optimizer = OPTIMIZERS[config.optimizer.type]
+        stage = zero_stage(config, runtime.world_size)
         self.engine = Engine(
-            config, self.model, self.objective, lambda groups: optimizer(groups, config.optimizer), groups, runtime
+            config,
+            self.model,
+            self.objective,
+            lambda groups: build_optimizer(groups, config.optimizer, stage),
+            groups,
+            runtime,
         )
+        self.ema = Ema(config.ema, self.engine.base_optimizer) if config.ema is not None else None
         with ExitStack() as on_error, ExitStack() as at_end:
             on_error.callback(self.engine.abandon)
             if found is not None:
@@ -237,6 +250,7 @@ class _Training:
         waited = time.perf_counter() - start
         self.progress.waited_s += waited
         self._window_waited_s += waited
+        self.gauges.count(fetched)
         return fetched
 
     def _update(self, batches: list[Batch], stop: bool) -> dict[str, float]:
@@ -267,6 +281,10 @@ class _Training:
             self.engine.discard()
             self.progress.skipped_steps += 1
             return math.nan
+        if self._is_point(step):
+            self.gauges.before_update(self.engine.stage, self.engine.loss_scale)
+        if self.ema is not None:
+            self.ema.at(self.progress.step)
         factor = lr_factor(self.config.scheduler, self.progress.step, self.config.max_steps)
         norm = self.engine.step(factor * self.guard.caution)
         self.recent.append(loss)
@@ -297,14 +315,19 @@ class _Training:
             line |= {"loss_scale": self.engine.loss_scale}
         if self.config.precision == "fp16" or self.config.guard != GuardConfig():
             line |= {"skipped_steps": self.progress.skipped_steps}
-        point = step % self.config.logging_steps == 0 or step == self.config.max_steps
+        point = self._is_point(step)
         if point:
             seconds = max(time.perf_counter() - self._window_start, 1e-9)
             samples = (step - self._window_step) * self.config.train_batch_size
             line |= {"samples_per_second": samples / seconds, "data_wait_share": self._window_waited_s / seconds}
+            line |= self.gauges.read(seconds, self.engine.deepspeed.optimizer.param_groups)
             line |= self.metrics() if self.metrics is not None else {}
             self._restart_window()
         self.context.log.scalars(step, line, self.phase, tensorboard=point)
+
+    def _is_point(self, step: int) -> bool:
+        """Whether the log gets what costs something to read."""
+        return step % self.config.logging_steps == 0 or step == self.config.max_steps
 
     def _evaluate(self, evaluate: Callable[[int], Mapping[str, float]]) -> None:
         self.heart.at(self.progress.step, Doing.EVALUATION)
@@ -342,6 +365,7 @@ class _Training:
         self._window_start = time.perf_counter()
         self._window_step = self.progress.step
         self._window_waited_s = 0.0
+        self.gauges.restart()
 
     def _result(self) -> TrainResult:
         done = self.progress

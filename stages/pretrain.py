@@ -9,21 +9,23 @@ TensorBoard's files, and `skipped.jsonl` if samples could not be read.
 
 from __future__ import annotations
 
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
-from pydantic import Field, model_validator
+from pydantic import Field, field_validator, model_validator
 
 from mmfoundry.data.loader import Loader, Source
 from mmfoundry.data.pairs import PairEncoder, pad_text
 from mmfoundry.models.clip import CLIP, ClipConfig
+from mmfoundry.models.flops import clip_work
 from mmfoundry.models.interop.load import load_any_clip
+from mmfoundry.models.interop.open_clip import named_config
 from mmfoundry.models.io import save_clip
 from mmfoundry.models.objectives import OBJECTIVES, weighted_sum
+from mmfoundry.models.param_groups import TowerRates, clip_param_groups
 from mmfoundry.pipeline.artifact import Artifact
 from mmfoundry.pipeline.config import ArtifactRef, Config, Neutral, ShardsRef, StageConfig
 from mmfoundry.pipeline.errors import ConfigError
 from mmfoundry.pipeline.host_memory import keep_freed_memory
-from mmfoundry.pipeline.optimizers import decay_groups
 from mmfoundry.pipeline.stage import RunContext, Stage
 from mmfoundry.pipeline.trainer import TrainerConfig, train
 
@@ -66,14 +68,22 @@ class PretrainConfig(StageConfig):
     """Contrastive pretraining of a CLIP."""
 
     data: list[DataSource] = Field(min_length=1, description="what to draw samples from")
-    model: ClipConfig | None = Field(None, description="a CLIP to start from random weights; this or `initial`")
+    model: ClipConfig | None = Field(
+        None, description="a CLIP to start from random weights, or open_clip's name of one; this or `initial`"
+    )
     initial: ArtifactRef | None = Field(
         None, description="a trained CLIP to go on from: a folder of ours, of transformers or of open_clip"
     )
     objectives: dict[str, float] = Field({"info_nce": 1.0}, min_length=1, description="what to minimise: name: weight")
     augmentation: AugmentationConfig = Field(AugmentationConfig(), description="what is done to the pictures")
     loader: LoaderConfig = Field(LoaderConfig(), description="how samples are read")
+    towers: TowerRates = Field(TowerRates(), description="how fast each tower learns, and the layers in it")
     trainer: TrainerConfig = Field(description="batch size, steps, optimizer, schedule, checkpoints")
+
+    @field_validator("model", mode="before")
+    @classmethod
+    def _by_name(cls, model: Any) -> Any:
+        return named_config(model) if isinstance(model, str) else model
 
     @model_validator(mode="after")
     def _consistent(self) -> PretrainConfig:
@@ -137,8 +147,12 @@ def run(config: PretrainConfig, context: RunContext) -> Artifact:
         loader=loader,
         context=context,
         metrics=lambda: skip_metrics(loader),
-        param_groups=decay_groups(
-            model.named_parameters(), config.trainer.optimizer.weight_decay, model.no_weight_decay()
+        work=clip_work(model),
+        param_groups=clip_param_groups(
+            model,
+            config.trainer.optimizer.weight_decay,
+            config.towers,
+            hidden_apart=config.trainer.optimizer.type == "muon",
         ),
     )
     skipped = loader.counters()["skipped"]
