@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch import nn
@@ -49,7 +50,7 @@ def wrap_blocks(config: EngineConfig, model: nn.Module) -> Callable[[], None]:
     return unwrap
 
 
-def _computed_twice(forward: Callable[..., object], *args: object, **kwargs: object) -> object:
+def _computed_twice(forward: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
     if not torch.is_grad_enabled():
         return forward(*args, **kwargs)
     return checkpoint(forward, *args, use_reentrant=False, **kwargs)

@@ -85,7 +85,8 @@ def _problems(found: Mapping[str, Any], typed: Mapping[str, tuple[str, Any]]) ->
         section = found[name]
         if name in REFUSED and not (isinstance(section, dict) and section.get("enabled") in (False, "auto")):
             yield f"{name} is not for DeepSpeed to do here: {REFUSED[name]}"
-    fp16 = bool(found.get("fp16", {}).get("enabled")) if isinstance(found.get("fp16"), dict) else False
+    half = found.get("fp16")
+    fp16 = isinstance(half, dict) and half.get("enabled") is True
     for key, value in _flat(found):
         if value == "auto" or key.split(".")[0] in REFUSED:
             continue

@@ -1,7 +1,8 @@
-"""What an engine is told: typed keys, named as DeepSpeed names them, and DeepSpeed's settings made from them in full."""
+"""What an engine is told: typed keys, named as DeepSpeed names them, and DeepSpeed's settings in full."""
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import Annotated, Any, Literal
 
 from pydantic import Field, model_validator
@@ -186,6 +187,16 @@ def deepspeed_config(
         "timers": {"throughput": {"enabled": False, "synchronized": False}},
     }
     return merge_file(settings, config.deepspeed, _typed(config, world_size)) if config.deepspeed else settings
+
+
+def engines_in(config: Config, prefix: str = "") -> Iterator[tuple[str, EngineConfig]]:
+    """The training phases of a stage's config, by dotted key."""
+    for name in type(config).model_fields:
+        value = getattr(config, name)
+        if isinstance(value, EngineConfig):
+            yield f"{prefix}{name}", value
+        elif isinstance(value, Config):
+            yield from engines_in(value, f"{prefix}{name}.")
 
 
 def _buffers(numel: int) -> dict[str, Any]:

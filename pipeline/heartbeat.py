@@ -133,7 +133,7 @@ class Heartbeat:
         run = run.to(self._runtime.device)
         dist.broadcast(run, 0, group=self._runtime.group)  # a launcher's store may remember an earlier run
         self._prefix = f"mmfoundry/heartbeat/{int(run)}"
-        self._store = dist.TCPStore(
+        self._store = dist.TCPStore(  # type: ignore[attr-defined]
             os.environ["MASTER_ADDR"],
             int(os.environ["MASTER_PORT"]),
             is_master=False,
