@@ -4,7 +4,8 @@
     deepspeed --num_gpus 8 launch/pretrain.py CONFIG [key=value ...]
 
 The artifact: `config.json` and `model.safetensors` (read by `mmfoundry.models.io.load_clip`), `metrics.jsonl`,
-TensorBoard's files, and `skipped.jsonl` if samples could not be read.
+TensorBoard's files, and `skipped.jsonl` if samples could not be read. `ema/` and `soup/` hold a model each where the
+config asks for a moving average or a soup.
 """
 
 from __future__ import annotations
@@ -28,8 +29,10 @@ from mmfoundry.pipeline.errors import ConfigError
 from mmfoundry.pipeline.host_memory import keep_freed_memory
 from mmfoundry.pipeline.stage import RunContext, Stage
 from mmfoundry.pipeline.trainer import TrainerConfig, train
+from mmfoundry.stages.averages import SoupConfig, write_ema, write_soup
 
 SKIP_LOG = "skipped.jsonl"
+PHASE = "train"
 
 
 class DataSource(Config):
@@ -78,6 +81,10 @@ class PretrainConfig(StageConfig):
     augmentation: AugmentationConfig = Field(AugmentationConfig(), description="what is done to the pictures")
     loader: LoaderConfig = Field(LoaderConfig(), description="how samples are read")
     towers: TowerRates = Field(TowerRates(), description="how fast each tower learns, and the layers in it")
+    text_groups: int = Field(
+        1, ge=1, description="groups of captions of like length, which go through the text tower one by one; 4 is good"
+    )
+    soup: SoupConfig | None = Field(None, description="a mean of checkpoints, left in soup/; None: none")
     trainer: TrainerConfig = Field(description="batch size, steps, optimizer, schedule, checkpoints")
 
     @field_validator("model", mode="before")
@@ -91,6 +98,8 @@ class PretrainConfig(StageConfig):
             raise ValueError(
                 "give either model (to start from random weights) or initial (to go on from a trained CLIP)"
             )
+        if self.soup is not None and self.soup.checkpoints > self.trainer.keep_checkpoints:
+            raise ValueError(f"soup.checkpoints wants trainer.keep_checkpoints to be {self.soup.checkpoints} or more")
         for name in self.objectives:
             OBJECTIVES[name]  # raises UnknownName, which lists the known ones
         if "siglip" in self.objectives and self.model is not None and self.model.init_logit_bias is None:
@@ -124,6 +133,7 @@ def run(config: PretrainConfig, context: RunContext) -> Artifact:
     if runtime.device.type == "cpu":
         keep_freed_memory()
     model, seed = _model(config, context)
+    model.text_model.groups = config.text_groups
     loader = Loader(
         [Source(context.shards(f"data.{i}.path"), each.weight) for i, each in enumerate(config.data)],
         batch_size=config.trainer.samples_per_fetch(runtime.world_size),
@@ -146,6 +156,7 @@ def run(config: PretrainConfig, context: RunContext) -> Artifact:
         objective=weighted_sum(config.objectives),
         loader=loader,
         context=context,
+        phase=PHASE,
         metrics=lambda: skip_metrics(loader),
         work=clip_work(model),
         param_groups=clip_param_groups(
@@ -158,6 +169,9 @@ def run(config: PretrainConfig, context: RunContext) -> Artifact:
     skipped = loader.counters()["skipped"]
     if runtime.is_main:
         save_clip(model, context.work, seed=seed)
+    if config.trainer.ema is not None:
+        write_ema(model, context, PHASE, seed)
+    soup = {} if config.soup is None else write_soup(config.soup, model, context, PHASE, seed)
     return context.finish(
         metrics={
             "loss": result.mean_loss,
@@ -166,6 +180,7 @@ def run(config: PretrainConfig, context: RunContext) -> Artifact:
             "samples_skipped": skipped,
             "parameters": parameters,
         }
+        | soup
     )
 
 
