@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from torch.distributed import ProcessGroup
 
 from mmfoundry.models.chat import IGNORED
-from mmfoundry.models.objectives import OBJECTIVES
+from mmfoundry.models.objectives import OBJECTIVES, objective_with
 from mmfoundry.pipeline.distributed import rank_in
 from tests.ranks import run_ranks
 
@@ -52,22 +52,33 @@ def joint_batch(rows: int) -> dict[str, Tensor]:
     return {"image": normal(rows, 7), "text": normal(rows, 9), "hidden": normal(rows, 8, 6), "labels": labels}
 
 
-def values_and_grads(group: ProcessGroup | None, name: str, world: int) -> tuple[dict[str, Tensor], list[Tensor]]:
+def values_and_grads(
+    group: ProcessGroup | None, name: str, world: int, options: dict[str, Any] | None = None
+) -> tuple[dict[str, Tensor], list[Tensor]]:
     """This rank's values, and its gradient for each weight; every rank builds the same model and joint batch."""
     torch.manual_seed(0)
     model = TinyModel().double()
     batch = {key: value[rank_in(group) :: world] for key, value in joint_batch(rows=12).items()}
-    values: dict[str, Any] = OBJECTIVES[name](model(batch), batch, group)
+    values: dict[str, Any] = objective_with(name, options or {})(model(batch), batch, group)
     gradients = torch.autograd.grad(values["loss"], list(model.parameters()), materialize_grads=True)
     return {key: value.detach() for key, value in values.items()}, list(gradients)
 
 
-@pytest.mark.parametrize("world", [2, 3])
-@pytest.mark.parametrize("name", sorted(OBJECTIVES))
-def test_ranks_agree_with_one_process(name: str, world: int) -> None:
-    values, gradients = values_and_grads(None, name, world=1)
+# Options beside the defaults: tiles that do not divide a rank's rows, several parts
+OPTIONS: dict[str, list[dict[str, Any]]] = {
+    "tiled_info_nce": [{"tile": 2}],
+    "siglip": [{"tile": 2}],
+    "matryoshka": [{"dims": [5, 2], "over": {"tiled_info_nce": 1.0, "siglip": 0.5}}],
+}
+CASES = [(name, options) for name in sorted(OBJECTIVES) for options in ({}, *OPTIONS.get(name, []))]
+
+
+@pytest.mark.parametrize("world", [2, 4])
+@pytest.mark.parametrize(("name", "options"), CASES)
+def test_ranks_agree_with_one_process(name: str, options: dict[str, Any], world: int) -> None:
+    values, gradients = values_and_grads(None, name, world=1, options=options)
     assert max(part.abs().max() for part in gradients) > 1e-3  # a constant loss would agree with itself
-    per_rank = run_ranks(values_and_grads, world, name, world)  # gloo, one process a rank
+    per_rank = run_ranks(values_and_grads, world, name, world, options)  # gloo, one process a rank
     rtol, atol = TOLERANCE.get(name, EXACT)
     mean_loss = torch.stack([own["loss"] for own, _ in per_rank]).mean()
     torch.testing.assert_close(mean_loss, values["loss"], rtol=rtol, atol=atol)
