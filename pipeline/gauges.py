@@ -114,6 +114,8 @@ class Gauges:
     def before_update(self, stage: int, loss_scale: float = 1.0) -> None:
         """Take the norms of parameters and joint gradients, where each rank has them whole."""
         self._norms = {}
+        if not self._runtime.is_main:  # who writes the log
+            return
         named = [(name, weight) for name, weight in self._model.named_parameters() if weight.requires_grad]
         if stage < 3:
             self._norms |= norms_by_part(((name, weight.detach()) for name, weight in named), "param_norm")

@@ -32,10 +32,10 @@ def test_it_averages_the_weights(stage: int, tmp_path: Path) -> None:
     trainer = trainer_config(
         ema={"decay": DECAY}, max_steps=8, save_steps=1, keep_checkpoints=9, zero_optimization={"stage": stage}
     )
-    # told to stop twice: the work folder, with its checkpoints, is left
+    # told to stop twice, on one process and then on two: the work folder, with its checkpoints, is left
     for step in (3, 6):
         arguments = (str(tmp_path / "out"), {"trainer": trainer}, ("SIGTERM", step, 0))
-        codes = [train_tiny(None, *arguments)] if stage == 0 else run_ranks(train_tiny, 2, *arguments)
+        codes = [train_tiny(None, *arguments)] if stage == 0 or step == 3 else run_ranks(train_tiny, 2, *arguments)
         assert set(codes) == {85}
     found, expected = averages(tmp_path / "out.work" / "checkpoints" / "train")
     assert "calls" in expected  # a buffer, which has no average
