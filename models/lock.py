@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Literal
 
 from torch import nn
 
@@ -44,6 +45,23 @@ def lock_text_tower(model: CLIP, unlocked_layers: int = 0) -> None:
     tower = model.text_model
     groups = _groups([tower.embeddings], list(tower.encoder.layers), tower.final_layer_norm, model.text_projection)
     _lock(groups, unlocked_layers, "lock_text_unlocked_layers")
+
+
+def take_towers(trained: CLIP, fresh: CLIP, which: Literal["image", "text"]) -> CLIP:
+    """A tower of a trained model and the other of a fresh one; scale and bias are the fresh model's.
+
+    Args:
+        trained: gives the tower `which` and its projection.
+        fresh: of the same config; changed in place and returned.
+        which: the tower that is taken.
+    """
+    tower, projection = {
+        "image": ("vision_model", "visual_projection"),
+        "text": ("text_model", "text_projection"),
+    }[which]
+    for name in (tower, projection):
+        fresh.get_submodule(name).load_state_dict(trained.get_submodule(name).state_dict())
+    return fresh
 
 
 def _groups(first: Group, blocks: list[nn.Module], norm: nn.Module, projection: nn.Module) -> list[Group]:

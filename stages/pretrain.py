@@ -10,6 +10,7 @@ config asks for a moving average or a soup.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Annotated, Any, Literal
 
 from pydantic import Field, field_validator, model_validator
@@ -21,8 +22,10 @@ from mmfoundry.models.flops import clip_work
 from mmfoundry.models.interop.load import load_any_clip
 from mmfoundry.models.interop.open_clip import named_config
 from mmfoundry.models.io import save_clip
-from mmfoundry.models.objectives import OBJECTIVES, weighted_sum
+from mmfoundry.models.lock import lock_image_tower, lock_text_tower, take_towers
+from mmfoundry.models.objectives import Objective, needs, weighted_sum
 from mmfoundry.models.param_groups import TowerRates, clip_param_groups
+from mmfoundry.models.teachers import Taught, check_teacher
 from mmfoundry.pipeline.artifact import Artifact
 from mmfoundry.pipeline.config import ArtifactRef, Config, Neutral, ShardsRef, StageConfig
 from mmfoundry.pipeline.errors import ConfigError
@@ -67,6 +70,25 @@ class LoaderConfig(Config):
     max_unreadable: float = Field(0.01, ge=0, le=1, description="fraction of samples skipped; past it the stage stops")
 
 
+class TeacherConfig(Config):
+    """A teacher: a model that looks at each batch, or what it said of each sample, stored in the shards."""
+
+    clip: ArtifactRef | None = Field(
+        None, description="a trained CLIP that reads the student's batches: a folder, as for `initial`"
+    )
+    image: str | None = Field(None, description="field of a sample's JSON with its embedding of the picture, a list")
+    text: str | None = Field(
+        None, description="field of a sample's JSON with its embeddings of the captions, a list of lists, one a caption"
+    )
+    scale: float = Field(100.0, gt=0, description="inverse temperature of stored embeddings; a model has its own")
+
+    @model_validator(mode="after")
+    def _one_source(self) -> TeacherConfig:
+        if (self.clip is None) == (self.image is None) or (self.image is None) != (self.text is None):
+            raise ValueError("a teacher has either clip (a model) or image and text (fields of the samples' JSON)")
+        return self
+
+
 class PretrainConfig(StageConfig):
     """Contrastive pretraining of a CLIP."""
 
@@ -77,7 +99,26 @@ class PretrainConfig(StageConfig):
     initial: ArtifactRef | None = Field(
         None, description="a trained CLIP to go on from: a folder of ours, of transformers or of open_clip"
     )
-    objectives: dict[str, float] = Field({"info_nce": 1.0}, min_length=1, description="what to minimise: name: weight")
+    initial_towers: Literal["both", "image", "text"] = Field(
+        "both", description="which towers of `initial` are taken; the other starts from random weights, as in LiT"
+    )
+    objectives: dict[str, float | dict[str, Any]] = Field(
+        {"info_nce": 1.0},
+        min_length=1,
+        description="what to minimise: name: weight, or name: {weight: 1.0, ...} with the objective's options",
+    )
+    teachers: dict[str, TeacherConfig] = Field({}, description="what the distillation objective learns from, by name")
+    lock_image: bool = Field(False, description="the image tower and its projection stay as they are (LiT)")
+    lock_image_unlocked_groups: int = Field(
+        0, ge=0, description="last groups of a locked image tower that learn after all: 1 projection, 2 last block, ..."
+    )
+    lock_text: bool = Field(False, description="the text tower and its projection stay as they are")
+    lock_text_unlocked_layers: int = Field(
+        0, ge=0, description="last groups of a locked text tower that learn after all: 1 projection, 2 last block, ..."
+    )
+    force_patch_dropout: float | None = Field(
+        None, ge=0, lt=1, description="in place of the model's own patch_dropout; 0: the whole pictures after FLIP"
+    )
     augmentation: AugmentationConfig = Field(AugmentationConfig(), description="what is done to the pictures")
     loader: LoaderConfig = Field(LoaderConfig(), description="how samples are read")
     towers: TowerRates = Field(TowerRates(), description="how fast each tower learns, and the layers in it")
@@ -100,15 +141,26 @@ class PretrainConfig(StageConfig):
             )
         if self.soup is not None and self.soup.checkpoints > self.trainer.keep_checkpoints:
             raise ValueError(f"soup.checkpoints wants trainer.keep_checkpoints to be {self.soup.checkpoints} or more")
-        for name in self.objectives:
-            OBJECTIVES[name]  # raises UnknownName, which lists the known ones
-        if "siglip" in self.objectives and self.model is not None and self.model.init_logit_bias is None:
-            raise ValueError("the siglip objective needs model.init_logit_bias, -10 in the paper")
+        self._consistent_objectives()
+        if self.initial_towers != "both" and self.initial is None:
+            raise ValueError("initial_towers says which towers of initial are taken, which is not given")
+        for tower, unlocked in (("image", "lock_image_unlocked_groups"), ("text", "lock_text_unlocked_layers")):
+            if getattr(self, unlocked) and not getattr(self, f"lock_{tower}"):
+                raise ValueError(f"{unlocked} is for a locked tower: set lock_{tower}")
         return self
 
+    def _consistent_objectives(self) -> None:
+        needed = needs(weighted_sum(self.objectives))  # raises UnknownName, which lists the known ones
+        if "bias" in needed and self.model is not None and self.model.init_logit_bias is None:
+            raise ValueError("the siglip objective needs model.init_logit_bias, -10 in the paper")
+        if ("teachers" in needed) != bool(self.teachers):
+            raise ValueError("the distillation objective and teachers go together; only one of them is given")
 
-def encoder_of(model: ClipConfig, augmentation: AugmentationConfig) -> PairEncoder:
-    """How samples become pairs for a model.
+
+def encoder_of(
+    model: ClipConfig, augmentation: AugmentationConfig, teachers: Mapping[str, TeacherConfig] | None = None
+) -> PairEncoder:
+    """How samples become pairs for a model, with what stored teachers say of them.
 
     Raises:
         ConfigError: the model has another vocabulary than CLIP's tokenizer.
@@ -118,6 +170,7 @@ def encoder_of(model: ClipConfig, augmentation: AugmentationConfig) -> PairEncod
         model.text_cfg.context_length,
         vocab_size=model.text_cfg.vocab_size,
         **augmentation.model_dump(),
+        stored={name: (each.image, each.text) for name, each in (teachers or {}).items() if each.image and each.text},
     )
 
 
@@ -137,7 +190,7 @@ def run(config: PretrainConfig, context: RunContext) -> Artifact:
     loader = Loader(
         [Source(context.shards(f"data.{i}.path"), each.weight) for i, each in enumerate(config.data)],
         batch_size=config.trainer.samples_per_fetch(runtime.world_size),
-        encode=encoder_of(model.config, config.augmentation),
+        encode=encoder_of(model.config, config.augmentation, config.teachers),
         finish=pad_text,
         seed=config.seed,
         rank=runtime.rank,
@@ -153,7 +206,7 @@ def run(config: PretrainConfig, context: RunContext) -> Artifact:
     result = train(
         config.trainer,
         model=model,
-        objective=weighted_sum(config.objectives),
+        objective=_objective(config, context, model.config),
         loader=loader,
         context=context,
         phase=PHASE,
@@ -191,12 +244,43 @@ def skip_metrics(loader: Loader) -> dict[str, float]:
 
 def _model(config: PretrainConfig, context: RunContext) -> tuple[CLIP, int | None]:
     """The model to train, and the seed of its random weights; no seed where it goes on from a trained one."""
+    seed: int | None = None
     if config.model is not None:
-        return CLIP.from_seed(config.model, config.seed), config.seed
-    model = load_any_clip(context.inputs["initial"])
-    if "siglip" in config.objectives and model.logit_bias is None:
-        raise ConfigError(f"initial: {config.initial} has no logit bias, which the siglip objective needs")
-    return model, None
+        model, seed = CLIP.from_seed(_forced(config, config.model), config.seed), config.seed
+    else:
+        model = load_any_clip(context.inputs["initial"])
+        if "bias" in needs(weighted_sum(config.objectives)) and model.logit_bias is None:
+            raise ConfigError(f"initial: {config.initial} has no logit bias, which the siglip objective needs")
+        if config.initial_towers != "both":
+            model = take_towers(model, CLIP.from_seed(model.config, config.seed), config.initial_towers)
+        model.config = _forced(config, model.config)
+        model.vision_model.config = model.config.vision_cfg
+    if config.lock_image:
+        lock_image_tower(model, config.lock_image_unlocked_groups)
+    if config.lock_text:
+        lock_text_tower(model, config.lock_text_unlocked_layers)
+    return model, seed
+
+
+def _forced(config: PretrainConfig, model: ClipConfig) -> ClipConfig:
+    """The model's config with `force_patch_dropout`, if there is one."""
+    if config.force_patch_dropout is None:
+        return model
+    vision = model.vision_cfg.model_copy(update={"patch_dropout": config.force_patch_dropout})
+    return model.model_copy(update={"vision_cfg": vision})
+
+
+def _objective(config: PretrainConfig, context: RunContext, student: ClipConfig) -> Objective:
+    """What is minimised, with the teachers that it asks."""
+    objective = weighted_sum(config.objectives)
+    if not config.teachers:
+        return objective
+    online: dict[str, CLIP] = {}
+    for name, teacher in config.teachers.items():
+        if teacher.clip is not None:
+            online[name] = load_any_clip(context.inputs[f"teachers.{name}.clip"])
+            check_teacher(name, online[name].config, student)
+    return Taught(objective, online, {name: each.scale for name, each in config.teachers.items() if each.image})
 
 
 STAGE = Stage("pretrain", PretrainConfig, run, "train a CLIP from picture-caption shards")

@@ -16,6 +16,7 @@ from tests.ranks import run_ranks
 # float64, so only the order of the sums differs; an objective that must compute in fp32 says so here, and why
 TOLERANCE = {"answer_tokens": (1e-5, 1e-7)}  # scores of a large vocabulary are widened to fp32, not further
 EXACT = (1e-10, 1e-12)
+KINDS = ("image", "text")
 
 
 class TinyModel(nn.Module):
@@ -49,7 +50,9 @@ def joint_batch(rows: int) -> dict[str, Tensor]:
     # Answers of 0 to 6 tokens, the longest ones on one rank: a mean over a rank's own tokens would show
     answer = (torch.arange(rows) % 4) * 2
     labels[torch.arange(8) < 8 - answer[:, None]] = IGNORED
-    return {"image": normal(rows, 7), "text": normal(rows, 9), "hidden": normal(rows, 8, 6), "labels": labels}
+    batch = {"image": normal(rows, 7), "text": normal(rows, 9), "hidden": normal(rows, 8, 6), "labels": labels}
+    teachers = {f"teacher_{kind}/{name}": normal(rows, width) for name, width in (("a", 5), ("b", 3)) for kind in KINDS}
+    return batch | teachers
 
 
 def values_and_grads(
@@ -68,6 +71,7 @@ def values_and_grads(
 OPTIONS: dict[str, list[dict[str, Any]]] = {
     "tiled_info_nce": [{"tile": 2}],
     "siglip": [{"tile": 2}],
+    "distillation": [{"features": 0.5, "teachers": {"a": 1.0}}],
     "matryoshka": [{"dims": [5, 2], "over": {"tiled_info_nce": 1.0, "siglip": 0.5}}],
 }
 CASES = [(name, options) for name in sorted(OBJECTIVES) for options in ({}, *OPTIONS.get(name, []))]
