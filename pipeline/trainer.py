@@ -22,7 +22,7 @@ from typing import Annotated, Any, Protocol
 
 import torch
 import torch.distributed as dist
-from pydantic import Field
+from pydantic import Field, model_validator
 from torch import Tensor, nn
 
 from mmfoundry.pipeline import checkpoint
@@ -30,7 +30,7 @@ from mmfoundry.pipeline.config import Neutral
 from mmfoundry.pipeline.ema import Ema, EmaConfig
 from mmfoundry.pipeline.engine import Engine, Objective
 from mmfoundry.pipeline.engine_config import EngineConfig, zero_stage
-from mmfoundry.pipeline.errors import PREEMPTED_EXIT_CODE
+from mmfoundry.pipeline.errors import PREEMPTED_EXIT_CODE, ConfigError
 from mmfoundry.pipeline.gauges import Gauges, Work
 from mmfoundry.pipeline.grad_cache import Batch
 from mmfoundry.pipeline.guard import NON_FINITE, Guard, GuardConfig, NonFinite
@@ -57,9 +57,27 @@ class TrainerConfig(EngineConfig):
         500, ge=0, description="optimizer steps between checkpoints; 0: one at the end only"
     )
     keep_checkpoints: Annotated[int, Neutral()] = Field(2, gt=0, description="newest checkpoints left on the disk")
+    metric_for_best_model: Annotated[str | None, Neutral()] = Field(
+        None, description="an evaluation's number, by which one more checkpoint is kept, the best; None: none is"
+    )
+    greater_is_better: Annotated[bool, Neutral()] = Field(False, description="of metric_for_best_model")
+    load_best_model_at_end: bool = Field(
+        False, description="the phase ends with the weights of the best checkpoint, not of the last step"
+    )
+    save_async: Annotated[bool, Neutral()] = Field(
+        False, description="write checkpoints beside the next steps, where the host has memory for a copy of them"
+    )
     logging_steps: Annotated[int, Neutral()] = Field(
         10, gt=0, description="optimizer steps between points in TensorBoard; metrics.jsonl has every step's loss"
     )
+
+    @model_validator(mode="after")
+    def _measures_what_is_best(self) -> TrainerConfig:
+        if self.metric_for_best_model is not None and not self.eval_steps:
+            raise ValueError("metric_for_best_model needs eval_steps: nothing is evaluated while training")
+        if self.load_best_model_at_end and self.metric_for_best_model is None:
+            raise ValueError("load_best_model_at_end needs metric_for_best_model")
+        return self
 
 
 class DataLoader(Protocol):
@@ -173,6 +191,12 @@ class _Training:
         self.guard = Guard(config.guard, self.runtime, context.work, phase, context.log.say)
         self.heart = Heartbeat(config.heartbeat, self.runtime, context.work)
         self.progress = _Progress()
+        self.evaluated: tuple[int, dict[str, float]] = (0, {})  # the last evaluation, and its step
+        self.best_so_far: float | None = None
+        self.best: checkpoint.Best | None = None
+        if config.metric_for_best_model is not None:
+            self.best = checkpoint.Best(config.metric_for_best_model, config.greater_is_better)
+        self.saving: checkpoint.Saving | None = None
         self.recent: deque[float] = deque(maxlen=max(1, config.max_steps // 20))
 
     def run(self, param_groups: list[ParamGroup] | None) -> TrainResult:
@@ -182,6 +206,7 @@ class _Training:
             found.load_model(self.model)
             self.progress = _Progress(**found.state["progress"])
             self.recent.extend(found.state["recent_losses"])
+            self.best_so_far = found.state.get("best_so_far")
             if "guard" in found.state:  # not in those of earlier releases
                 self.guard.load_state_dict(found.state["guard"])
             self.loader.load_state_dict(found.state["loader"])
@@ -189,6 +214,10 @@ class _Training:
         self.context.log.rewind(self.phase, self.progress.step)
         if self.progress.step < self.config.max_steps:
             self._fit(found, param_groups)
+        found = checkpoint.best_of(self.folder, self.best, self.runtime) if self.best is not None else None
+        if self.config.load_best_model_at_end and found is not None:
+            found.load_model(self.model)
+            self.context.log.say(f"{self.phase}: ends with the weights of step {found.step}, the best")
         return self._result()
 
     def _fit(self, found: checkpoint.Checkpoint | None, param_groups: list[ParamGroup] | None) -> None:
@@ -206,6 +235,7 @@ class _Training:
         self.ema = Ema(config.ema, self.engine.base_optimizer) if config.ema is not None else None
         with ExitStack() as on_error, ExitStack() as at_end:
             on_error.callback(self.engine.abandon)
+            checkpoint.check_place(self.folder, self.engine, runtime)
             if found is not None:
                 found.load_optimizer(self.engine)
             batches = iter(self.loader)
@@ -232,8 +262,11 @@ class _Training:
                 if self.evaluate is not None and config.eval_steps and progress.step % config.eval_steps == 0:
                     self._evaluate(self.evaluate)
                 done = progress.step == config.max_steps
-                if stop or done or (config.save_steps and progress.step % config.save_steps == 0):
+                due = config.save_steps and progress.step % config.save_steps == 0
+                if self._is_best() or stop or done or due:
                     self._save()
+                if stop or done:
+                    self._wait_for_checkpoint()
                 shown.advance(note=f"loss {joint['loss']:.4f}")
                 if stop:
                     self.context.log.say(
@@ -335,9 +368,23 @@ class _Training:
         with torch.no_grad():
             numbers = evaluate(self.progress.step)
         self.model.train()
+        self.evaluated = (self.progress.step, {name: float(value) for name, value in numbers.items()})
         named = {f"eval/{name}": value for name, value in numbers.items()}
         self.context.log.scalars(self.progress.step, named, self.phase)
         self._restart_window()
+
+    def _is_best(self) -> bool:
+        """Whether this step was evaluated, and better than all before it."""
+        if self.best is None or self.evaluated[0] != self.progress.step:
+            return False
+        if self.best.metric not in self.evaluated[1]:
+            known = ", ".join(sorted(self.evaluated[1]))
+            raise ConfigError(f"metric_for_best_model: no evaluation gives {self.best.metric}; there are: {known}")
+        value = self.best.of({"metrics": self.evaluated[1]})
+        if value is None or (self.best_so_far is not None and value <= self.best_so_far):
+            return False
+        self.best_so_far = value
+        return True
 
     def _save(self) -> None:
         self.heart.at(self.progress.step, Doing.CHECKPOINT)
@@ -348,10 +395,21 @@ class _Training:
             "progress": asdict(self.progress),
             "recent_losses": list(self.recent),
             "guard": self.guard.state_dict(),
+            "best_so_far": self.best_so_far,
+            "metrics": self.evaluated[1] if self.evaluated[0] == self.progress.step else {},
             "loader": self.loader.state_dict(),
         }
-        checkpoint.save(self.folder, self.engine, state, self.config.keep_checkpoints, self.runtime)
+        self._wait_for_checkpoint()
+        config = self.config
+        self.saving = checkpoint.save(
+            self.folder, self.engine, state, config.keep_checkpoints, self.runtime, self.best, config.save_async
+        )
         self._restart_clock()
+
+    def _wait_for_checkpoint(self) -> None:
+        if self.saving is not None:
+            self.saving.wait()
+            self.saving = None
 
     def _restart_clock(self) -> None:
         self._clock = time.perf_counter()
