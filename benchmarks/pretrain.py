@@ -199,13 +199,14 @@ def timed(step: Callable[[Batch], None], batch: Batch, device: torch.device) -> 
     return time.perf_counter() - start
 
 
-def measure_model(name: str, rows: int, steps: int, device: str) -> list[Row]:
-    """All rows of one model."""
+def measure_model(name: str, rows: int, steps: int, device: str) -> Iterator[Row]:
+    """All rows of one model, each as soon as it is measured."""
     config = named_config(name)
     runtime = init_runtime()
     ours, peer = Ours(config, rows, runtime), OpenClip(name, config, runtime.device)
-    found = [*step_rows(name, ours, peer, config, rows, steps), end_to_end_row(name, ours, peer, config, rows, steps)]
-    return [*found, memory_row(name, rows, device)]
+    yield from step_rows(name, ours, peer, config, rows, steps)
+    yield end_to_end_row(name, ours, peer, config, rows, steps)
+    yield memory_row(name, rows, device)
 
 
 def step_rows(name: str, ours: Ours, peer: OpenClip, config: ClipConfig, rows: int, steps: int) -> list[Row]:
@@ -310,10 +311,11 @@ def main() -> None:
         print_peak(arguments.peak_of, models[0], batch)
         return
     steps = arguments.steps or (20 if on_gpu else 3 if arguments.quick else 8)
-    rows = [row for name in models for row in measure_model(name, batch, steps, arguments.device)]
-    print(f"\n{'work':<28}{'ours':>10}{'open_clip':>11}  {'unit':<10} ratio   (batch {batch})")
-    for row in rows:
-        print(f"{row['work']:<28}{row['ours']:>10}{row['peer']:>11}  {row['unit']:<10} {row['ratio']}")
+    rows = []
+    print(f"\n{'work':<28}{'ours':>10}{'open_clip':>11}  {'unit':<10} ratio   (batch {batch})", flush=True)
+    for row in (row for name in models for row in measure_model(name, batch, steps, arguments.device)):
+        print(f"{row['work']:<28}{row['ours']:>10}{row['peer']:>11}  {row['unit']:<10} {row['ratio']}", flush=True)
+        rows.append(row)
     if arguments.json:
         arguments.json.write_text(json.dumps(rows, indent=1) + "\n")
 
