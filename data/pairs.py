@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
 
+from mmfoundry.data.decode import UnreadableSample
 from mmfoundry.data.gather import Batch
 from mmfoundry.data.ragged import Ragged
 from mmfoundry.data.sample import Sample
@@ -26,6 +28,7 @@ class PairEncoder:
         ratio: tuple[float, float] = (3 / 4, 4 / 3),
         horizontal_flip: float = 0.0,
         vocab_size: int | None = None,
+        stored: Mapping[str, tuple[str, str]] | None = None,
     ):
         """Fix the augmentation and load the tokenizer.
 
@@ -36,11 +39,13 @@ class PairEncoder:
             ratio: width / height of a crop.
             horizontal_flip: probability of mirroring.
             vocab_size: ids that the model knows; None: not checked.
+            stored: teacher -> the fields of a sample's JSON with its embedding of the picture and of the captions.
         Raises:
             ConfigError: an impossible crop, or a model of another tokenizer.
         """
         self._transform = TrainTransform(image_size, scale, ratio)
         self._flip = horizontal_flip
+        self._stored = dict(stored or {})
         self._tokenizer = clip_tokenizer(context_length)
         if vocab_size is not None and vocab_size != self._tokenizer.vocab_size:
             raise ConfigError(
@@ -52,15 +57,36 @@ class PairEncoder:
 
         Returns:
             image: uint8 (3, image_size, image_size); text: `Ragged` int32, at most context_length ids; __key__: the
-            sample's key.
+            sample's key; of each stored teacher, teacher_image/<name> and teacher_text/<name>: float32.
         Raises:
-            UnreadableSample: it has no caption.
+            UnreadableSample: it has no caption, or not the embeddings that it should have.
         """
         pixels = self._transform(sample.picture, rng)  # of a JPEG no more is decoded than the crop needs
         if self._flip and rng.random() < self._flip:
             pixels = np.ascontiguousarray(pixels[:, :, ::-1])
-        ids = self._tokenizer.encode(choose_caption(sample, rng))
-        return {"image": pixels, "text": Ragged.one(ids), "__key__": sample.key}
+        caption = choose_caption(sample, rng)
+        pair = {"image": pixels, "text": Ragged.one(self._tokenizer.encode(caption)), "__key__": sample.key}
+        for name, (image_field, text_field) in self._stored.items():
+            pair[f"teacher_image/{name}"] = _numbers(sample, image_field, ndim=1)
+            texts = _numbers(sample, text_field, ndim=2)
+            if len(texts) != len(sample.text):
+                raise UnreadableSample(
+                    "stored embeddings", f"{len(texts)} in {text_field}, {len(sample.text)} captions"
+                )
+            pair[f"teacher_text/{name}"] = texts[sample.text.index(caption)]
+        return pair
+
+
+def _numbers(sample: Sample, field: str, ndim: int) -> np.ndarray:
+    """A field of the sample's JSON as finite float32 numbers: one vector, or a list of vectors, one a caption."""
+    try:
+        array = np.asarray(sample.meta.get(field), dtype=np.float32)
+    except (TypeError, ValueError):
+        array = np.empty(0, np.float32)
+    array = array[None] if ndim == 2 and array.ndim == 1 else array
+    if array.ndim != ndim or not array.size or not np.isfinite(array).all():
+        raise UnreadableSample("stored embeddings", f"{field} is not {'a vector' if ndim == 1 else 'vectors'}")
+    return array
 
 
 def pad_text(batch: Batch) -> Batch:

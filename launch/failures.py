@@ -8,7 +8,7 @@ from collections.abc import Callable
 from typing import NoReturn
 
 from mmfoundry.pipeline.errors import MmfoundryError
-from mmfoundry.pipeline.ranks import ERROR_FILE
+from mmfoundry.pipeline.ranks import leave_error
 
 USER_ERROR = 2
 INTERRUPTED = 130
@@ -84,10 +84,5 @@ def system_error(error: Exception) -> str | None:
 
 def tell(text: str) -> int:
     """Print an error line, or leave it for the process that started this rank; returns the exit code."""
-    path = os.environ.get(ERROR_FILE)
-    if path:
-        with open(path, "w", encoding="utf-8") as file:
-            file.write(text)
-    else:
-        print(f"error: {text}", file=sys.stderr, flush=True)
+    leave_error(text)
     return USER_ERROR

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+import os
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -10,6 +12,7 @@ from typing import TYPE_CHECKING
 from mmfoundry.launch.catalog import Stages
 from mmfoundry.pipeline.artifact import MANIFEST, Artifact
 from mmfoundry.pipeline.config import StageConfig, apply_overrides, inputs_of, load_yaml, parse
+from mmfoundry.pipeline.engine_config import deepspeed_config, engines_in
 from mmfoundry.pipeline.errors import ConfigError, MissingInput
 from mmfoundry.pipeline.recipe import load_recipe, stage_entries
 from mmfoundry.pipeline.stage import Stage, record_inputs, resolve_inputs, run_stage, standing
@@ -80,10 +83,20 @@ def _from_recipe(
 
 
 def describe(job: Job) -> str:
-    """What `execute` would do with a job, in one line; nothing is written."""
+    """What `execute` would do with a job, in one line, and what DeepSpeed is told; nothing is written.
+
+    Raises:
+        ConfigError: a user's own DeepSpeed file contradicts the config, or a batch does not divide over the ranks.
+    """
     inputs = resolve_inputs(job.stage, job.config)
     now = standing(job.stage, job.config, job.output.absolute(), record_inputs(job.config, inputs))
-    return f"{job.stage.name} -> {job.output}: {now.action}, {now.why}"
+    lines = [f"{job.stage.name} -> {job.output}: {now.action}, {now.why}"]
+    ranks = int(os.environ.get("WORLD_SIZE", "1"))
+    for key, engine in engines_in(job.config):
+        settings = deepspeed_config(engine, ranks)
+        lines.append(f"{key}: DeepSpeed's settings on {ranks} rank(s); buckets are no larger than the model, though")
+        lines.append(json.dumps(settings, indent=2))
+    return "\n".join(lines)
 
 
 def execute(job: Job, runtime: Runtime) -> Artifact:

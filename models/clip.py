@@ -133,6 +133,10 @@ class CLIP(nn.Module):
             log_scale = log_scale.clamp(max=math.log(self.config.max_logit_scale))
         return log_scale.exp()
 
+    def repeated_blocks(self) -> list[nn.Module]:
+        """The layers of both towers: what can be compiled or computed twice one by one."""
+        return [*self.vision_model.encoder.blocks(), *self.text_model.encoder.blocks()]
+
     def no_weight_decay(self) -> set[str]:
         """Names of the parameters that should not decay: norms, biases, positions, class token, scale."""
         embeddings = (self.vision_model.embeddings, self.text_model.embeddings)

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
+import numpy as np
 import torch
 from pydantic import Field, model_validator
 from torch import Tensor, nn
@@ -49,6 +52,7 @@ class TextTower(nn.Module):
     def __init__(self, config: TextConfig, *, quick_gelu: bool = False):
         super().__init__()
         self.config = config
+        self.groups = 1  # of captions of like length, which go through the tower one group after the other
         self.embeddings = TextEmbeddings(config)
         self.encoder = Encoder(config.width, config.heads, config.layers, config.mlp_ratio, quick_gelu)
         self.final_layer_norm = nn.LayerNorm(config.width)
@@ -68,15 +72,67 @@ class TextTower(nn.Module):
         length, limit = tokens_bL.shape[1], self.config.context_length
         if length > limit:
             raise ValueError(f"captions of {length} tokens, but context_length is {limit}")
+        if self.groups > 1 and len(tokens_bL) > 1:
+            return self._by_length(tokens_bL)
         if tokens_bL.device.type == "cpu":  # on a GPU the length would have to be waited for: the loader trims there
             tokens_bL = trim(tokens_bL)
-        hidden_bLD = self.encoder.pooled(self.embeddings(tokens_bL), end_of_text(tokens_bL), is_causal=True)
-        return self.final_layer_norm(hidden_bLD)
+        return self._read(tokens_bL)
+
+    def _read(self, tokens_bL: Tensor) -> Tensor:
+        hidden_bD = self.encoder.pooled(self.embeddings(tokens_bL), end_of_text(tokens_bL), is_causal=True)
+        return self.final_layer_norm(hidden_bD)
+
+    def _by_length(self, tokens_bL: Tensor) -> Tensor:
+        """What `_read` gives, captions of like length together, each group cut behind its longest."""
+        lengths_b = end_of_text(tokens_bL) + 1
+        order_b = lengths_b.argsort(stable=True)
+        parts, start = [], 0
+        for rows, length in length_groups(lengths_b.tolist(), self.groups):  # waits for the device, if there is one
+            parts.append(self._read(tokens_bL[order_b[start : start + rows], :length]))
+            start += rows
+        return torch.cat(parts)[order_b.argsort()]
 
 
 def end_of_text(tokens_bL: Tensor) -> Tensor:
     """Position of the end-of-text token: the first place of the highest id, as open_clip and OpenAI have it; (b,)."""
     return tokens_bL.argmax(dim=-1)
+
+
+def length_groups(lengths: Sequence[int], groups: int) -> list[tuple[int, int]]:
+    """Cut captions, sorted by length, into groups such that as few positions as can be are padding.
+
+    The number of groups follows from the number of captions alone, so that ranks with equally many make equally many
+    passes, as ZeRO-3 needs.
+
+    Args:
+        lengths: of each caption, tokens, in any order.
+        groups: how many, at least 1.
+
+    Returns:
+        Of each group, shortest captions first, how many there are and how long the longest is.
+    """
+    groups = min(groups, len(lengths))
+    rows = np.bincount(lengths)
+    upto = np.cumsum(rows)  # captions of at most this length
+    ends = np.flatnonzero(rows)
+    # least[i]: fewest positions that hold all captions of length ends[i] or less in the groups so far
+    least, before = upto[ends] * ends, []
+    for _ in range(groups - 1):
+        cost_ij = least[None, :] + (upto[ends][:, None] - upto[ends][None, :]) * ends[:, None]  # cut behind ends[j]
+        cost_ij[np.triu_indices(len(ends))] = np.iinfo(np.int64).max  # nothing would be left for the last group
+        before.append((cut := cost_ij.argmin(axis=1), better := cost_ij.min(axis=1) < least))
+        least = np.where(better, cost_ij[np.arange(len(ends)), cut], least)
+    found, index = [], len(ends) - 1
+    for cut, better in reversed(before):
+        if better[index]:
+            found.append((int(upto[ends[index]] - upto[ends[cut[index]]]), int(ends[index])))
+            index = int(cut[index])
+    found = [(int(upto[ends[index]]), int(ends[index])), *reversed(found)]
+    while len(found) < groups:  # fewer lengths than groups: halve the largest
+        largest = max(range(len(found)), key=lambda each: found[each][0])
+        count, length = found[largest]
+        found[largest : largest + 1] = [(count // 2, length), (count - count // 2, length)]
+    return found
 
 
 def trim(tokens_bL: Tensor) -> Tensor:

@@ -23,6 +23,9 @@ class VisionConfig(Config):
     layers: int = Field(12, ge=1, description="number of transformer blocks")
     head_width: int = Field(64, ge=1, description="width of an attention head; divides width")
     mlp_ratio: float = Field(4.0, gt=0, description="hidden width of a block's MLP over width")
+    patch_dropout: float = Field(
+        0.0, ge=0, lt=1, description="share of each picture's patches that is left out in training; FLIP: 0.5 to 0.75"
+    )
 
     @model_validator(mode="after")
     def _divides(self) -> VisionConfig:
@@ -85,7 +88,7 @@ class VisionTower(nn.Module):
         Raises:
             ValueError: the pictures have another size than the tower.
         """
-        hidden_btD = self._embed(pixels)
+        hidden_btD = self._embed(pixels, self.config.patch_dropout if self.training else 0.0)
         class_row_b = torch.zeros(len(pixels), dtype=torch.long, device=pixels.device)
         return self.post_layernorm(self.encoder.pooled(hidden_btD, class_row_b))
 
@@ -107,11 +110,29 @@ class VisionTower(nn.Module):
             raise ValueError(f"layer {layer} is not in -{layers + 1}..{layers}: the tower has {layers} blocks")
         return self.encoder(self._embed(pixels), num_layers=layer % (layers + 1))[:, 1:]
 
-    def _embed(self, pixels: Tensor) -> Tensor:
+    def _embed(self, pixels: Tensor, dropout: float = 0.0) -> Tensor:
         side = self.config.image_size
         if pixels.shape[1:] != (3, side, side):
             raise ValueError(f"pixels {tuple(pixels.shape)} should be (batch, 3, {side}, {side})")
-        return self.pre_layrnorm(self.embeddings(pixels))
+        embedded_btD = self.embeddings(pixels)
+        return self.pre_layrnorm(drop_patches(embedded_btD, dropout) if dropout else embedded_btD)
+
+
+def drop_patches(x_btD: Tensor, share: float) -> Tensor:
+    """Leave out patches at random, others in each picture (FLIP, Li et al. 2023, arXiv 2212.00794, section 3).
+
+    Args:
+        x_btD: the class token, which stays, then the patches, their positions added.
+        share: of the patches, 0 to below 1; as in open_clip, `max(1, int(patches * (1 - share)))` stay.
+
+    Returns:
+        (b, 1 + patches that stay, D), the patches in no particular order.
+    """
+    rows, positions, width = x_btD.shape
+    kept = max(1, int((positions - 1) * (1 - share)))
+    chosen_bn = torch.rand(rows, positions - 1, device=x_btD.device).topk(kept, dim=1).indices + 1
+    patches_bnD = x_btD.gather(1, chosen_bn[:, :, None].expand(-1, -1, width))
+    return torch.cat([x_btD[:, :1], patches_bnD], dim=1)
 
 
 def to_pixels(images: Tensor, mean: Sequence[float], std: Sequence[float]) -> Tensor:

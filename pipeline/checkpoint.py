@@ -6,27 +6,32 @@
         rng-<rank>.safetensors  random generators of each rank
         state.json              step, data position, world size, versions, and the size of every other file
 
-A checkpoint is written into `step-000100.tmp`, synced, and renamed: what is killed half-way is never picked up.
+A checkpoint is written into `step-000100.tmp`, synced, and renamed: what is killed half-way is never picked up. Where
+the host has room for a copy, the writing can go on beside the next steps; the copy is whole before they begin.
 """
 
 from __future__ import annotations
 
+import errno
 import json
+import math
 import os
 import shutil
+import threading
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any
 
+import psutil
 import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
 from mmfoundry.pipeline import optimizer_state
 from mmfoundry.pipeline.artifact import sync_folder, write_atomic
-from mmfoundry.pipeline.distributed import Runtime, all_reduce_sum, any_rank
+from mmfoundry.pipeline.distributed import Runtime, all_reduce_sum, any_rank, barrier
 from mmfoundry.pipeline.engine import Engine
 from mmfoundry.pipeline.errors import DamagedInput, MmfoundryError, NotEnoughSpace
 from mmfoundry.pipeline.rng import gather_rng, reseed, restore_rng
@@ -34,6 +39,8 @@ from mmfoundry.pipeline.stage import disk_full
 from mmfoundry.pipeline.tensor_file import Spec, TensorFile, file_order, numel_bytes
 
 FORMAT = 1
+Copies = list[tuple[Path, dict[str, Spec], list[Tensor]]]
+Explain = Callable[[OSError | NotEnoughSpace | None], Exception]
 MODEL, OPTIMIZER, STATE = "model.safetensors", "optimizer.safetensors", "state.json"
 
 
@@ -66,7 +73,13 @@ class Checkpoint:
         names = {parameter: name for name, parameter in _trainable(engine.model).items()}
         keys, count = self.state["optimizer"]["keys"], self.state["optimizer"]["updates"]
         with _open(self.path / OPTIMIZER) as file:
-            optimizer_state.load_states(engine, keys, count, lambda p, key: file.get_tensor(f"{names[p]}/{key}"))
+            held = frozenset(file.keys())
+
+            def read(parameter: nn.Parameter, key: str) -> Tensor | None:
+                entry = f"{names[parameter]}/{key}"
+                return file.get_tensor(entry) if entry in held else None
+
+            optimizer_state.load_states(engine, keys, count, read)
         engine.restore_loss_scale(self.state["loss_scale"], self.state["good_steps"])
 
     def restore_rng(self, runtime: Runtime, seed: int) -> None:
@@ -77,7 +90,61 @@ class Checkpoint:
             reseed(seed, self.step, runtime.rank)
 
 
-def save(folder: Path, engine: Engine, state: dict[str, Any], keep: int, runtime: Runtime) -> Path:
+@dataclass(frozen=True)
+class Best:
+    """By which number the best checkpoint is known: the name of one in `state["metrics"]`, and which way is better."""
+
+    metric: str
+    greater: bool
+
+    def of(self, state: dict[str, Any]) -> float | None:
+        """The number, turned so that greater is better; None where a checkpoint has none that is finite."""
+        value = state.get("metrics", {}).get(self.metric)
+        if value is None or not math.isfinite(value):
+            return None
+        return float(value) if self.greater else -float(value)
+
+
+class Saving:
+    """A checkpoint being written; `wait` ends it."""
+
+    def __init__(self, writer: _Attempt, work: Callable[[], None], runtime: Runtime, explain: Explain) -> None:
+        self._writer, self._runtime, self._explain = writer, runtime, explain
+        self._error: BaseException | None = None  # a bug's
+
+        def do() -> None:
+            try:
+                work()
+            except BaseException as error:
+                self._error = error
+                raise
+
+        self._thread = threading.Thread(target=do, name="checkpoint") if runtime.is_main else None
+        if self._thread is not None:
+            self._thread.start()
+
+    def wait(self) -> None:
+        """Wait until it is written; a collective.
+
+        Raises:
+            NotEnoughSpace: the disk is full; earlier checkpoints are untouched.
+            MmfoundryError: it could not be written for another reason; the same holds.
+        """
+        if self._thread is not None:
+            self._thread.join()
+        if any_rank(self._writer.failure is not None or self._error is not None, self._runtime.group):
+            raise self._error or self._explain(self._writer.failure)
+
+
+def save(
+    folder: Path,
+    engine: Engine,
+    state: dict[str, Any],
+    keep: int,
+    runtime: Runtime,
+    best: Best | None = None,
+    background: bool = False,
+) -> Saving:
     """Write a checkpoint and remove old ones; every rank calls it, rank 0 writes.
 
     Args:
@@ -86,8 +153,10 @@ def save(folder: Path, engine: Engine, state: dict[str, Any], keep: int, runtime
         state: JSON values to find again in `Checkpoint.state`; `step` among them.
         keep: how many checkpoints to leave, this one included.
         runtime: this process among the ranks.
+        best: by which number one more is left.
+        background: come back when everything is copied; at once where there is no room for a copy.
     Returns:
-        The checkpoint's folder.
+        To wait for: without `background` it is done already.
     Raises:
         NotEnoughSpace: the disk is full; earlier checkpoints are untouched.
     """
@@ -98,8 +167,10 @@ def save(folder: Path, engine: Engine, state: dict[str, Any], keep: int, runtime
     writer.do(lambda: _make_empty(aside))
     keys = optimizer_state.state_keys(engine)
     model_specs, optimizer_specs = _model_specs(engine), _optimizer_specs(engine, keys)
-    _write(writer, aside / MODEL, model_specs, partial(_model_tensors, engine))
-    _write(writer, aside / OPTIMIZER, optimizer_specs, partial(_optimizer_tensors, engine))
+    needed_bytes = numel_bytes(model_specs) + numel_bytes(optimizer_specs)
+    copies: Copies | None = [] if background and runtime.is_main and _room_for(needed_bytes) else None
+    _write(writer, aside / MODEL, model_specs, partial(_model_tensors, engine), copies)
+    _write(writer, aside / OPTIMIZER, optimizer_specs, partial(_optimizer_tensors, engine), copies)
     full_state = state | {
         "format": FORMAT,
         "world_size": runtime.world_size,
@@ -108,14 +179,56 @@ def save(folder: Path, engine: Engine, state: dict[str, Any], keep: int, runtime
         "optimizer": {"keys": keys, "updates": optimizer_state.updates(engine)},
         "versions": {"torch": torch.__version__},
     }
-    writer.do(lambda: _publish(aside, final, generators, full_state))
-    writer.do(lambda: _prune(folder, keep))
-    failed = any_rank(writer.failure is not None, runtime.group)
-    if failed:
-        if runtime.is_main:
+
+    if background:
+        full_state = json.loads(json.dumps(full_state))  # what it holds may change with the next step
+
+    def finish() -> None:
+        for path, specs, tensors in copies or ():
+            _write(writer, path, specs, lambda order, tensors=tensors: iter(tensors))  # type: ignore[misc]
+        writer.do(lambda: _publish(aside, final, generators, full_state))
+        writer.do(lambda: _prune(folder, keep, best))
+        if writer.failure is not None:
             shutil.rmtree(aside, ignore_errors=True)
-        raise _as_user_error(writer.failure, folder, numel_bytes(model_specs) + numel_bytes(optimizer_specs))
-    return final
+
+    saving = Saving(writer, finish, runtime, lambda failure: _as_user_error(failure, folder, needed_bytes))
+    if not background:
+        saving.wait()
+    return saving
+
+
+def check_place(folder: Path, engine: Engine, runtime: Runtime) -> None:
+    """Refuse a place where no checkpoint can be written, before the first step is made; every rank calls it.
+
+    Raises:
+        NotEnoughSpace: there is no room even for the weights.
+        MmfoundryError: the folder cannot be written to.
+    """
+    writer, weights_bytes = _Attempt(runtime.is_main), numel_bytes(_model_specs(engine))
+
+    def check() -> None:
+        folder.mkdir(parents=True, exist_ok=True)
+        for left_over in folder.glob("step-*.tmp"):  # of a run that was killed
+            shutil.rmtree(left_over)
+        write_atomic(folder / ".writable", b"")
+        (folder / ".writable").unlink()
+        if shutil.disk_usage(folder).free < weights_bytes:
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    writer.do(check)
+    if any_rank(writer.failure is not None, runtime.group):
+        raise _as_user_error(writer.failure, folder, weights_bytes)
+
+
+def best_of(folder: Path, best: Best, runtime: Runtime) -> Checkpoint | None:
+    """The best complete checkpoint in a folder; None where none has the number. Every rank calls it, none writes."""
+    barrier(runtime.group)
+    return _best_in(folder, best)
+
+
+def _best_in(folder: Path, best: Best) -> Checkpoint | None:
+    found = [(value, each.step, each) for each in _complete(folder) if (value := best.of(each.state)) is not None]
+    return max(found, key=lambda entry: entry[:2])[2] if found else None
 
 
 def newest(folder: Path, runtime: Runtime, say: Callable[[str], None]) -> Checkpoint | None:
@@ -163,10 +276,22 @@ class _Attempt:
             return None
 
 
+def _room_for(copy_bytes: int) -> bool:
+    """Whether the host has memory for a copy, and as much again for what else goes on."""
+    return psutil.virtual_memory().available > 2 * copy_bytes
+
+
 def _write(
-    writer: _Attempt, path: Path, specs: dict[str, Spec], tensors: Callable[[list[str]], Iterator[Tensor]]
+    writer: _Attempt,
+    path: Path,
+    specs: dict[str, Spec],
+    tensors: Callable[[list[str]], Iterator[Tensor]],
+    copies: Copies | None = None,
 ) -> None:
     order = file_order(specs)
+    if copies is not None:
+        copies.append((path, specs, [tensor.detach().to("cpu", copy=True) for tensor in tensors(order)]))
+        return
     file: TensorFile | None = writer.do(lambda: TensorFile(path, specs))
     for name, tensor in zip(order, tensors(order), strict=True):  # collectives: every rank goes through all of them
         if file is not None:
@@ -185,6 +310,12 @@ def _as_user_error(failure: OSError | NotEnoughSpace | None, folder: Path, neede
         return NotEnoughSpace(
             f"no space left for a checkpoint in {folder}: it takes {needed_bytes / 1e6:.1f} MB, {free_bytes / 1e6:.1f} "
             "MB are free; the previous one is untouched: free some and run again"
+        )
+    if isinstance(failure, OSError):
+        reason = (failure.strerror or str(failure)).lower()
+        return MmfoundryError(
+            f"cannot write a checkpoint to {folder}: {reason}; the previous one is untouched: see to the folder and "
+            "run again"
         )
     return failure
 
@@ -218,8 +349,8 @@ def _model_tensors(engine: Engine, names: list[str]) -> Iterator[Tensor]:
 
 
 def _optimizer_specs(engine: Engine, keys: list[str]) -> dict[str, Spec]:
-    parameters = _trainable(engine.model)
-    return {f"{name}/{key}": (torch.float32, _shape(p)) for name, p in parameters.items() for key in keys}
+    shapes = {name: optimizer_state.state_shapes(engine, p, keys) for name, p in _trainable(engine.model).items()}
+    return {f"{name}/{key}": (torch.float32, shape) for name, kept in shapes.items() for key, shape in kept.items()}
 
 
 def _optimizer_tensors(engine: Engine, names: list[str]) -> Iterator[Tensor]:
@@ -257,12 +388,22 @@ def _publish(aside: Path, final: Path, generators: list[bytes], state: dict[str,
     sync_folder(final.parent)
 
 
-def _prune(folder: Path, keep: int) -> None:
+def _prune(folder: Path, keep: int, best: Best | None) -> None:
+    """Remove all but the newest, and the best if one is wanted."""
+    spared: Path | None = None
+    if best is not None:
+        found = _best_in(folder, best)
+        spared = None if found is None else found.path
     kept = 0
     for path in sorted(folder.glob("step-*"), key=_step_of, reverse=True):
         kept += path.suffix != ".tmp"
-        if path.suffix == ".tmp" or kept > keep:
+        if path.suffix == ".tmp" or (kept > keep and path != spared):
             _remove(path)
+
+
+def _complete(folder: Path) -> list[Checkpoint]:
+    found = (_read_complete(path) for path in folder.glob("step-*") if path.suffix != ".tmp")
+    return [each for each in found if each is not None]
 
 
 def _remove(path: Path) -> None:

@@ -7,123 +7,26 @@ import itertools
 import logging
 import math
 import os
-from collections.abc import Callable, Iterator, Mapping
-from typing import Annotated, Any, Literal
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Any
 
 import torch
 import torch.distributed as dist
-from pydantic import Field
 from torch import Tensor, nn
 from torch.distributed import ProcessGroup
 
-from mmfoundry.pipeline.config import Config, Neutral
+from mmfoundry.pipeline import grad_cache
+from mmfoundry.pipeline.blocks import wrap_blocks
 from mmfoundry.pipeline.distributed import Runtime
-from mmfoundry.pipeline.errors import ConfigError
+from mmfoundry.pipeline.engine_config import EngineConfig, deepspeed_config, zero_stage
+from mmfoundry.pipeline.grad_cache import Batch
 from mmfoundry.pipeline.optimizers import ParamGroup
 
-Batch = dict[str, Any]
 Objective = Callable[[Any, Batch, ProcessGroup | None], dict[str, Tensor]]
 
 # Loss scaling for fp16 (Micikevicius et al. 2018, arXiv 1710.03740), with torch.amp's constants.
 FIRST_LOSS_SCALE = 2.0**16
 LOSS_SCALE_DOUBLES_AFTER = 2000
-
-
-class ZeroConfig(Config):
-    """What the ranks share out among each other (Rajbhandari et al. 2020, arXiv 1910.02054)."""
-
-    stage: int = Field(
-        0,
-        ge=0,
-        le=3,
-        description="0 nothing, 1 optimizer states, 2 gradients as well, 3 parameters as well; one process runs 0",
-    )
-
-
-class EngineConfig(Config):
-    """How one optimizer step is computed, whatever is trained. Keys are DeepSpeed's own where it has them."""
-
-    train_batch_size: int = Field(gt=0, description="samples of one optimizer step, over all ranks")
-    train_micro_batch_size_per_gpu: int | None = Field(
-        None, gt=0, description="samples of one forward pass on one rank; None: the whole share of the rank"
-    )
-    gradient_clipping: float = Field(1.0, ge=0, description="largest L2 norm of the joint gradient; 0: not clipped")
-    zero_optimization: Annotated[ZeroConfig, Neutral()] = Field(ZeroConfig(), description="what ranks share out")
-    precision: Literal["fp32", "bf16", "fp16"] = Field(
-        "fp32", description="of the arithmetic (autocast); weights, gradients and optimizer states stay fp32"
-    )
-
-    def micro_batches(self, world_size: int) -> tuple[int, int]:
-        """Rows of one forward pass on one rank, and forward passes of one optimizer step.
-
-        Raises:
-            ConfigError: the batch does not divide evenly.
-        """
-        share, left = divmod(self.train_batch_size, world_size)
-        micro = self.train_micro_batch_size_per_gpu or share
-        if left or share % micro:
-            raise ConfigError(
-                f"train_batch_size {self.train_batch_size} does not divide into {world_size} rank(s)"
-                + (f" x train_micro_batch_size_per_gpu {micro}" if self.train_micro_batch_size_per_gpu else "")
-            )
-        return micro, share // micro
-
-    def samples_per_fetch(self, world_size: int) -> int:
-        """Rows over all ranks of what a loader yields at a time: the `batch_size` to build it with."""
-        return self.micro_batches(world_size)[0] * world_size
-
-
-def zero_stage(config: EngineConfig, world_size: int) -> int:
-    """The ZeRO stage that is run: one process has nobody to share with, and stage 1 would halve its speed."""
-    return config.zero_optimization.stage if world_size > 1 else 0
-
-
-def deepspeed_config(config: EngineConfig, world_size: int, numel: int, on_gpu: bool) -> dict[str, Any]:
-    """DeepSpeed's settings in full: whatever changed its default between releases is written out.
-
-    Args:
-        config: ours.
-        world_size: ranks.
-        numel: trainable numbers, to keep buffers no larger than what they hold.
-        on_gpu: whether collectives can overlap with the backward pass.
-    """
-    micro, accumulation = config.micro_batches(world_size)
-    stage = zero_stage(config, world_size)
-    bucket = min(-(-numel // 16) * 16, 200_000_000)  # numbers; DeepSpeed wants them even
-    return {
-        "train_batch_size": config.train_batch_size,
-        "train_micro_batch_size_per_gpu": micro,
-        "gradient_accumulation_steps": accumulation,
-        # At stage 0 DeepSpeed clips without telling the norm, so there we do it ourselves.
-        "gradient_clipping": config.gradient_clipping if stage else 0.0,
-        "prescale_gradients": False,
-        "gradient_predivide_factor": 1.0,
-        "zero_allow_untested_optimizer": True,
-        "zero_optimization": {
-            "stage": stage,
-            # Else each gradient is copied once more; on GPU that spares memory from being cut up.
-            "contiguous_gradients": on_gpu or stage >= 2,
-            "overlap_comm": on_gpu and stage >= 2,
-            "reduce_scatter": True,
-            "round_robin_gradients": False,
-            "reduce_bucket_size": bucket,
-            "allgather_bucket_size": bucket,
-            "stage3_prefetch_bucket_size": min(bucket, 50_000_000),
-            "stage3_param_persistence_threshold": 100_000,
-            "stage3_max_live_parameters": 1_000_000_000,
-            "sub_group_size": 1_000_000_000,
-            "memory_efficient_linear": False,  # it would replace torch's own `linear` for the rest of the process
-        },
-        # Autocast is ours, inside the module: DeepSpeed keeps one fp32 path, at every stage.
-        "fp16": {"enabled": False},
-        "bf16": {"enabled": False},
-        "torch_autocast": {"enabled": False},
-        "steps_per_print": 2**31,
-        "wall_clock_breakdown": False,
-        "dump_state": False,
-        # Its throughput timer waits for the device at every step.
-        "timers": {"throughput": {"enabled": False, "synchronized": False}},
-    }
 
 
 class _ModelWithLoss(nn.Module):
@@ -137,9 +40,24 @@ class _ModelWithLoss(nn.Module):
         self._device_type = runtime.device.type
         self._autocast = {"fp32": None, "bf16": torch.bfloat16, "fp16": torch.float16}[precision]
 
-    def forward(self, batch: Batch) -> dict[str, Tensor]:
-        with torch.autocast(self._device_type, dtype=self._autocast, enabled=self._autocast is not None):
-            return dict(self._objective(self.model(batch), batch, self._group))
+    def forward(self, batch: Batch, grads: Sequence[Tensor | None] | None = None, output_only: bool = False) -> Any:
+        """The objective's values; or, of the two passes of a gradient cache, the model's output or its product."""
+        with self.autocast():
+            output = self.model(batch)
+            if output_only:
+                return output
+            if grads is not None:
+                return {"loss": grad_cache.inner_product(output, grads)}
+            return self.values(output, batch)
+
+    def values(self, output: Any, batch: Batch) -> dict[str, Tensor]:
+        """What the objective says of a model's output."""
+        with self.autocast():
+            return dict(self._objective(output, batch, self._group))
+
+    def autocast(self) -> torch.autocast:
+        """The precision of the arithmetic."""
+        return torch.autocast(self._device_type, dtype=self._autocast, enabled=self._autocast is not None)
 
 
 class Engine:
@@ -173,10 +91,14 @@ class Engine:
         on_gpu = runtime.device.type == "cuda"
         numel = sum(p.numel() for p in self.trainable)
         settings = deepspeed_config(config, runtime.world_size, numel, on_gpu)
-        module = _ModelWithLoss(model, objective, runtime, config.precision)
+        self._device = runtime.device
+        self._rows = config.micro_batches(runtime.world_size)[0]
+        self._chunks = config.chunks(runtime.world_size)
+        module = self._module = _ModelWithLoss(model, objective, runtime, config.precision)
         self._parameters_before = {parameter: set(vars(parameter)) for parameter in model.parameters()}
         self.base_optimizer = optimizer(groups)
         with contextlib.ExitStack() as environment:
+            environment.callback(wrap_blocks(config, model))
             environment.enter_context(_local_rank(runtime.local_rank))
             self.deepspeed = _initialize(module, self.base_optimizer, settings, runtime)
             self._environment = environment.pop_all()
@@ -187,6 +109,38 @@ class Engine:
             self.deepspeed.enable_backward_allreduce = False
         self._apply_loss_scale()
 
+    def accumulate(self, batch: Batch, weight: Tensor | None = None) -> dict[str, Tensor]:
+        """Add one micro-batch's gradient, through the gradient cache where there is one.
+
+        Args:
+            batch: on the device.
+            weight: what its loss is multiplied with; None stands for 1.
+
+        Returns:
+            The objective's values, without gradients; `loss` is not multiplied with the weight.
+        """
+        if self._chunks == 1:
+            values = self.forward(batch)
+            self.backward(values["loss"] if weight is None else values["loss"] * weight)
+        else:
+            values = self._accumulate_cached(batch, weight)
+        return {name: value.detach() for name, value in values.items()}
+
+    def _accumulate_cached(self, batch: Batch, weight: Tensor | None) -> dict[str, Tensor]:
+        chunks = grad_cache.split_rows(batch, self._rows, self._rows // self._chunks)
+        # DeepSpeed takes a mean over all passes of a step; chunks are to be summed. The loss scale comes first and
+        # not last, because outputs may be 16-bit, and so are their gradients then.
+        share = len(chunks) / self.loss_scale
+        return grad_cache.accumulate(
+            chunks,
+            forward=lambda chunk: self.deepspeed(chunk, output_only=True),
+            values=lambda output: self._module.values(output, batch),
+            backward=lambda chunk, grads: self.backward(self.deepspeed(chunk, grads=grads)["loss"] * share),
+            factor=self.loss_scale if weight is None else weight * self.loss_scale,
+            buffers=self.model.buffers(),
+            device=self._device,
+        )
+
     def forward(self, batch: Batch) -> dict[str, Tensor]:
         """Run model and objective on one micro-batch; `loss` in the result is not scaled yet."""
         return self.deepspeed(batch)
@@ -196,6 +150,23 @@ class Engine:
         self.deepspeed.backward(loss * self.loss_scale if self.stage == 0 else loss)
         if not self.deepspeed.is_gradient_accumulation_boundary():
             self.deepspeed.step()  # counts the micro-batch; updates nothing
+
+    def discard(self) -> None:
+        """End the step without an update, and forget the gradients."""
+        if self.stage == 0:
+            self.deepspeed.zero_grad()
+            self.deepspeed.micro_steps += 1
+            return
+        # DeepSpeed leaves out a step whose gradient norm is not finite; that is what it is told here.
+        optimizer, infinite = self.deepspeed.optimizer, torch.tensor(math.inf, device=self._device)
+        name, value = ("_get_norm_groups", [infinite]) if self.stage == 3 else ("scaled_global_norm", infinite)
+        setattr(optimizer, name, lambda *_, **__: value)
+        try:
+            self.deepspeed.step()
+        finally:
+            delattr(optimizer, name)
+        if self.deepspeed.was_step_applied():
+            raise RuntimeError("this release of DeepSpeed updates weights although the gradient norm is infinite")
 
     def step(self, lr_factor: float) -> float:
         """Clip, update, and forget the gradients; a gradient that is not finite updates nothing.
@@ -225,8 +196,7 @@ class Engine:
             grads.append(parameter.grad)
         norm = float(torch.nn.utils.get_total_norm(grads)) / self.loss_scale
         if not math.isfinite(norm):
-            self.deepspeed.zero_grad()
-            self.deepspeed.micro_steps += 1
+            self.discard()
             return norm
         limit = self._config.gradient_clipping
         shrink = min(1.0, limit / (norm + 1e-6)) if limit else 1.0

@@ -26,10 +26,25 @@ def full_parameter(engine: Engine, parameter: nn.Parameter) -> Tensor:
 
 
 def state_keys(engine: Engine) -> list[str]:
-    """What the optimizer keeps an element, e.g. `exp_avg` and `exp_avg_sq`; empty before its first step."""
-    for slices in engine.base_optimizer.state.values():
-        return sorted(key for key, value in slices.items() if key != COUNTER and isinstance(value, Tensor))
-    return []
+    """What the optimizer keeps of any tensor, e.g. `exp_avg` and `exp_avg_sq`; empty before its first step."""
+    return sorted({key for state in engine.base_optimizer.state.values() for key in _kept(state)})
+
+
+def state_shapes(engine: Engine, parameter: nn.Parameter, keys: list[str]) -> dict[str, tuple[int, ...]]:
+    """Which of `keys` the optimizer keeps of a trainable parameter, and the shape of each, whole.
+
+    Under ZeRO 1 to 3 all of them, in the parameter's shape; optimizers that look at whole tensors (stage 0 only) may
+    treat parameters differently, and keep numbers of a shape of their own.
+    """
+    shape = tuple(getattr(parameter, "ds_shape", parameter.shape))  # at stage 3 the parameter itself is cut up
+    if engine.stage:
+        return dict.fromkeys(keys, shape)
+    state = engine.base_optimizer.state.get(parameter, {})
+    return {key: tuple(value.shape) for key, value in _kept(state).items()}
+
+
+def _kept(state: dict[str, Any]) -> dict[str, Tensor]:
+    return {key: value for key, value in state.items() if key != COUNTER and isinstance(value, Tensor)}
 
 
 def full_state(engine: Engine, parameter: nn.Parameter, key: str) -> Tensor:
@@ -46,36 +61,40 @@ def full_state(engine: Engine, parameter: nn.Parameter, key: str) -> Tensor:
 
 def updates(engine: Engine) -> float:
     """How many updates the optimizer has counted: what its bias correction reads."""
-    for slices in engine.base_optimizer.state.values():
-        return float(slices.get(COUNTER, 0))
-    return 0.0
+    return max((float(state.get(COUNTER, 0)) for state in engine.base_optimizer.state.values()), default=0.0)
 
 
-def load_states(engine: Engine, keys: list[str], count: float, read: Callable[[nn.Parameter, str], Tensor]) -> None:
+def load_states(
+    engine: Engine, keys: list[str], count: float, read: Callable[[nn.Parameter, str], Tensor | None]
+) -> None:
     """Give a fresh engine the states of a checkpoint; no collective.
 
     Args:
         engine: before its first step.
         keys: as `state_keys` gave them.
         count: as `updates` gave it.
-        read: the whole state of a trainable parameter.
+        read: the whole state of a trainable parameter; None where the optimizer kept none of this name.
     """
-    optimizer = engine.deepspeed.optimizer
+    optimizer, states = engine.deepspeed.optimizer, engine.base_optimizer.state
     if engine.stage == 0:
-        slices = engine.trainable
-    elif engine.stage == 3:
-        slices = optimizer.fp32_partitioned_groups_flat
-    else:
-        slices = optimizer.single_partition_of_fp32_groups
+        for parameter in engine.trainable:
+            found = {key: read(parameter, key) for key in keys}
+            kept = {key: value for key, value in found.items() if value is not None}
+            states[parameter] = {key: value.float().to(parameter.device).clone() for key, value in kept.items()}
+            states[parameter][COUNTER] = torch.tensor(count, dtype=torch.float32, device=parameter.device)
+        return
+    slices = optimizer.fp32_partitioned_groups_flat if engine.stage == 3 else optimizer.single_partition_of_fp32_groups
     for slice_ in slices:
         state: dict[str, Any] = {key: torch.zeros_like(slice_) for key in keys}
         state[COUNTER] = torch.tensor(count, dtype=torch.float32, device=slice_.device)
-        engine.base_optimizer.state[slice_] = state
+        states[slice_] = state
     if engine.stage in (1, 2):
         _link(engine)
     for parameter in engine.trainable:
         for key in keys:
-            _put(engine, parameter, key, read(parameter, key).to(torch.float32))
+            value = read(parameter, key)
+            if value is not None:
+                _put(engine, parameter, key, value.to(torch.float32))
 
 
 def _link(engine: Engine) -> None:
@@ -86,9 +105,7 @@ def _link(engine: Engine) -> None:
 
 
 def _put(engine: Engine, parameter: nn.Parameter, key: str, value: Tensor) -> None:
-    if engine.stage == 0:
-        engine.base_optimizer.state[parameter][key].copy_(value)
-    elif engine.stage == 3:
+    if engine.stage == 3:
         # DeepSpeed's own setter fails where the last rank's slice is padded.
         size = parameter.partition_numel()  # type: ignore[attr-defined]
         padded = value.new_zeros(size * engine.world_size)

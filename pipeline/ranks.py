@@ -154,6 +154,16 @@ def _reason(module: str, rank: int, code: int, folder: Path) -> str:
     return f"{module.rpartition('.')[2]}: rank {rank} ended with {how}; run again to go on from the last checkpoint"
 
 
+def leave_error(text: str) -> None:
+    """Print an error line, or leave it for the process that started this rank, which prints it once."""
+    path = os.environ.get(ERROR_FILE)
+    if path:
+        with open(path, "w", encoding="utf-8") as file:
+            file.write(text)
+    else:
+        print(f"error: {text}", file=sys.stderr, flush=True)
+
+
 def end_with_starter() -> None:
     """In a rank: end this process when the process that started it is gone, killed ones included."""
     if os.environ.pop(WATCH_STDIN, None) is None:

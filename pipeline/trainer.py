@@ -9,7 +9,6 @@ same samples into ranks and micro-batches gives the same loss and gradient.
 
 from __future__ import annotations
 
-import json
 import math
 import signal
 import threading
@@ -19,55 +18,26 @@ from collections.abc import Callable, Generator, Iterator, Mapping
 from contextlib import ExitStack
 from dataclasses import asdict, dataclass
 from types import FrameType
-from typing import Annotated, Any, Protocol
+from typing import Any, Protocol
 
 import torch
 import torch.distributed as dist
-from pydantic import Field, model_validator
 from torch import Tensor, nn
 
 from mmfoundry.pipeline import checkpoint
-from mmfoundry.pipeline.artifact import write_atomic
-from mmfoundry.pipeline.config import Neutral
-from mmfoundry.pipeline.distributed import Runtime
-from mmfoundry.pipeline.engine import Batch, Engine, EngineConfig, Objective
-from mmfoundry.pipeline.errors import PREEMPTED_EXIT_CODE, ConfigError, MmfoundryError
+from mmfoundry.pipeline.ema import Ema
+from mmfoundry.pipeline.engine import Engine, Objective
+from mmfoundry.pipeline.engine_config import zero_stage
+from mmfoundry.pipeline.errors import PREEMPTED_EXIT_CODE, ConfigError
+from mmfoundry.pipeline.gauges import Gauges, Work
+from mmfoundry.pipeline.grad_cache import Batch
+from mmfoundry.pipeline.guard import NON_FINITE, Guard, GuardConfig, NonFinite
+from mmfoundry.pipeline.heartbeat import Doing, Heartbeat
 from mmfoundry.pipeline.metrics import Tally
-from mmfoundry.pipeline.optimizers import OPTIMIZERS, OptimizerConfig, ParamGroup, decay_groups
-from mmfoundry.pipeline.schedules import SchedulerConfig, lr_factor
+from mmfoundry.pipeline.optimizers import ParamGroup, build_optimizer, decay_groups
+from mmfoundry.pipeline.schedules import lr_factor
 from mmfoundry.pipeline.stage import CHECKPOINTS, RunContext
-
-KEYS = "__key__"  # in a batch: the samples' keys, named when a loss is not finite
-KEYS_SHOWN = 8
-
-
-class TrainerConfig(EngineConfig):
-    """One training phase. Budgets are in steps or samples, so that results do not depend on a machine's speed."""
-
-    max_steps: int | None = Field(
-        None, gt=0, description="optimizer steps of the phase; either this, `max_samples` or `max_epochs`"
-    )
-    max_samples: int | None = Field(None, gt=0, description="samples seen in the phase, over all ranks, in whole steps")
-    max_epochs: float | None = Field(
-        None, gt=0, description="passes over the data, in whole steps; of one source, or of several with upsampling"
-    )
-    optimizer: OptimizerConfig = Field(OptimizerConfig(), description="how gradients become updates")
-    scheduler: SchedulerConfig = Field(SchedulerConfig(), description="how the learning rate moves")
-    eval_steps: int = Field(0, ge=0, description="optimizer steps between evaluations; 0: none while training")
-    save_steps: Annotated[int, Neutral()] = Field(
-        500, ge=0, description="optimizer steps between checkpoints; 0: one at the end only"
-    )
-    keep_checkpoints: Annotated[int, Neutral()] = Field(2, gt=0, description="newest checkpoints left on the disk")
-    logging_steps: Annotated[int, Neutral()] = Field(
-        10, gt=0, description="optimizer steps between points in TensorBoard; metrics.jsonl has every step's loss"
-    )
-
-    @model_validator(mode="after")
-    def _one_budget(self) -> TrainerConfig:
-        given = [name for name in ("max_steps", "max_samples", "max_epochs") if getattr(self, name) is not None]
-        if len(given) != 1:
-            raise ValueError(f"give one of max_steps, max_samples and max_epochs; given: {', '.join(given) or 'none'}")
-        return self
+from mmfoundry.pipeline.trainer_config import TrainerConfig, steps_of
 
 
 class DataLoader(Protocol):
@@ -114,27 +84,6 @@ class TrainResult:
         return {"loss": numbers.pop("final_loss"), **numbers}
 
 
-class NonFinite(MmfoundryError):
-    """A loss or gradient is infinite or not a number; raised on every rank before the weights are touched."""
-
-
-def steps_of(config: TrainerConfig, loader: DataLoader) -> int:
-    """Optimizer steps of a phase, whichever of its budgets is given.
-
-    Raises:
-        ConfigError: the budget is less than one step, or the loader's sources have no common epoch.
-    """
-    if config.max_steps is not None:
-        return config.max_steps
-    samples = config.max_samples
-    if config.max_epochs is not None:
-        samples = round(config.max_epochs * loader.epoch_samples)  # type: ignore[attr-defined]
-    steps = (samples or 0) // config.train_batch_size
-    if steps < 1:
-        raise ConfigError(f"{samples} samples are less than one step of train_batch_size {config.train_batch_size}")
-    return steps
-
-
 def train(
     config: TrainerConfig,
     *,
@@ -146,6 +95,7 @@ def train(
     param_groups: list[ParamGroup] | None = None,
     metrics: Callable[[], Mapping[str, float]] | None = None,
     evaluate: Callable[[int], Mapping[str, float]] | None = None,
+    work: Callable[[Mapping[str, Any]], Work] | None = None,
 ) -> TrainResult:
     """Train for the steps of the config's budget, going on from the newest complete checkpoint in the work folder.
 
@@ -160,12 +110,15 @@ def train(
         param_groups: from `decay_groups`; None: all trainable parameters, vectors not decayed.
         metrics: more numbers for the log, asked for every `logging_steps` steps.
         evaluate: called with the step every `eval_steps` steps, in eval mode without gradients, on every rank.
+        work: what a micro-batch costs one rank, for tokens and operations a second in the log.
     Raises:
         NonFinite: a loss or gradient is not finite; the step and the samples are named.
+        LossSpike: a loss is far above the last ones, where `config.guard` looks for that.
         NotEnoughSpace: no room for a checkpoint; the previous one is intact.
+        LostRank: another rank hangs or is gone.
         SystemExit: code 85 after SIGTERM or SIGUSR1; a checkpoint was written.
     """
-    return _Training(config, model, objective, loader, context, phase, metrics, evaluate).run(param_groups)
+    return _Training(config, model, objective, loader, context, phase, metrics, evaluate, work).run(param_groups)
 
 
 @dataclass
@@ -176,7 +129,7 @@ class _Progress:
     samples: int = 0
     seconds: float = 0.0
     waited_s: float = 0.0
-    skipped_steps: int = 0  # fp16 only: the loss scale was too high
+    skipped_steps: int = 0  # in fp16 the loss scale was too high, or the guard left them out
 
 
 class _Training:
@@ -190,14 +143,24 @@ class _Training:
         phase: str,
         metrics: Callable[[], Mapping[str, float]] | None,
         evaluate: Callable[[int], Mapping[str, float]] | None,
+        work: Callable[[Mapping[str, Any]], Work] | None,
     ) -> None:
         self.config, self.model, self.objective, self.loader = config, model, objective, loader
         self.context, self.phase, self.metrics, self.evaluate = context, phase, metrics, evaluate
         self.runtime = context.runtime
+        self.gauges = Gauges(model, self.runtime, config.precision, work)
         self.folder = context.work / CHECKPOINTS / phase
         self.steps = steps_of(config, loader)
         self.accumulation = config.micro_batches(self.runtime.world_size)[1]
+        self.guard = Guard(config.guard, self.runtime, context.work, phase, context.log.say)
+        self.heart = Heartbeat(config.heartbeat, self.runtime, context.work)
         self.progress = _Progress()
+        self.evaluated: tuple[int, dict[str, float]] = (0, {})  # the last evaluation, and its step
+        self.best_so_far: float | None = None
+        self.best: checkpoint.Best | None = None
+        if config.metric_for_best_model is not None:
+            self.best = checkpoint.Best(config.metric_for_best_model, config.greater_is_better)
+        self.saving: checkpoint.Saving | None = None
         self.recent: deque[float] = deque(maxlen=max(1, self.steps // 20))
 
     def run(self, param_groups: list[ParamGroup] | None) -> TrainResult:
@@ -207,22 +170,36 @@ class _Training:
             found.load_model(self.model)
             self.progress = _Progress(**found.state["progress"])
             self.recent.extend(found.state["recent_losses"])
+            self.best_so_far = found.state.get("best_so_far")
+            if "guard" in found.state:  # not in those of earlier releases
+                self.guard.load_state_dict(found.state["guard"])
             self.loader.load_state_dict(found.state["loader"])
             self.context.log.say(f"{self.phase}: goes on from the checkpoint of step {found.step}")
         self.context.log.rewind(self.phase, self.progress.step)
         if self.progress.step < self.steps:
             self._fit(found, param_groups)
+        found = checkpoint.best_of(self.folder, self.best, self.runtime) if self.best is not None else None
+        if self.config.load_best_model_at_end and found is not None:
+            found.load_model(self.model)
+            self.context.log.say(f"{self.phase}: ends with the weights of step {found.step}, the best")
         return self._result()
 
     def _fit(self, found: checkpoint.Checkpoint | None, param_groups: list[ParamGroup] | None) -> None:
         config, runtime = self.config, self.runtime
         groups = param_groups or decay_groups(self.model.named_parameters(), config.optimizer.weight_decay)
-        optimizer = OPTIMIZERS[config.optimizer.type]
+        stage = zero_stage(config, runtime.world_size)
         self.engine = Engine(
-            config, self.model, self.objective, lambda groups: optimizer(groups, config.optimizer), groups, runtime
+            config,
+            self.model,
+            self.objective,
+            lambda groups: build_optimizer(groups, config.optimizer, stage),
+            groups,
+            runtime,
         )
+        self.ema = Ema(config.ema, self.engine.base_optimizer) if config.ema is not None else None
         with ExitStack() as on_error, ExitStack() as at_end:
             on_error.callback(self.engine.abandon)
+            checkpoint.check_place(self.folder, self.engine, runtime)
             if found is not None:
                 found.load_optimizer(self.engine)
             batches = iter(self.loader)
@@ -238,7 +215,7 @@ class _Training:
     def _loop(self, batches: Iterator[Batch]) -> None:
         config, progress = self.config, self.progress
         bar = self.context.progress(self.steps, self.phase, "steps")
-        with _Preemption() as preemption, bar as shown:
+        with self.heart, _Preemption() as preemption, bar as shown:
             shown.advance(progress.step)
             self._restart_clock()
             while progress.step < self.steps:
@@ -249,8 +226,11 @@ class _Training:
                 if self.evaluate is not None and config.eval_steps and progress.step % config.eval_steps == 0:
                     self._evaluate(self.evaluate)
                 done = progress.step == self.steps
-                if stop or done or (config.save_steps and progress.step % config.save_steps == 0):
+                due = config.save_steps and progress.step % config.save_steps == 0
+                if self._is_best() or stop or done or due:
                     self._save()
+                if stop or done:
+                    self._wait_for_checkpoint()
                 shown.advance(note=f"loss {joint['loss']:.4f}")
                 if stop:
                     self.context.log.say(
@@ -261,37 +241,57 @@ class _Training:
 
     def _fetch(self, batches: Iterator[Batch]) -> list[Batch]:
         """The step's micro-batches, still on the host."""
+        self.heart.at(self.progress.step + 1, Doing.DATA)
         start = time.perf_counter()
         fetched = [next(batches) for _ in range(self.accumulation)]
         waited = time.perf_counter() - start
         self.progress.waited_s += waited
         self._window_waited_s += waited
+        self.gauges.count(fetched)
         return fetched
 
     def _update(self, batches: list[Batch], stop: bool) -> dict[str, float]:
         """One optimizer step; the joint loss and metrics, and whether any rank was told to stop."""
-        device = self.runtime.device
+        device, step = self.runtime.device, self.progress.step + 1
+        self.heart.at(step, Doing.LOSSES)
         asked = torch.tensor(float(stop), device=device)
         tally = Tally()
         losses = []
         for batch, weight in zip(batches, self._micro_weights(batches), strict=True):
-            values = self.engine.forward(to_device(batch, device))
-            self.engine.backward(values["loss"] if weight is None else values["loss"] * weight)
-            losses.append(values["loss"].detach())
+            values = self.engine.accumulate(to_device(batch, device), weight)
+            losses.append(values["loss"])
             tally.add(values | {"stop": asked}, 1.0 if weight is None else weight)
+        self.heart.at(step, Doing.JOINING)
         joint = tally.means(self.runtime.group)  # the one wait for the device before the update
-        if not math.isfinite(joint["loss"]):
-            self._refuse("loss", joint["loss"], batches, losses)
-        factor = lr_factor(self.config.scheduler, self.progress.step, self.steps)
-        norm = self.engine.step(factor)
-        if not math.isfinite(norm):
-            if self.config.precision != "fp16" or self.engine.loss_scale <= 1.0:
-                self._refuse("gradient", norm, batches, losses)
-            self.progress.skipped_steps += 1
+        self.heart.at(step, Doing.UPDATE)
+        norm = self._step(joint["loss"], batches, losses)
         self.progress.step += 1
         self.progress.samples += self.config.train_batch_size
-        self.recent.append(joint["loss"])
         return joint | {"grad_norm": norm}
+
+    def _step(self, loss: float, batches: list[Batch], losses: list[Tensor]) -> float:
+        """Update the weights, unless the guard has something against it; the norm of the gradient."""
+        step = self.progress.step + 1
+        trouble = self.guard.trouble(loss)
+        if trouble is not None:
+            self.guard.answer(trouble, "loss", loss, step, batches, losses)
+            self.engine.discard()
+            self.progress.skipped_steps += 1
+            return math.nan
+        if self._is_point(step):
+            self.gauges.before_update(self.engine.stage, self.engine.loss_scale)
+        if self.ema is not None:
+            self.ema.at(self.progress.step)
+        factor = lr_factor(self.config.scheduler, self.progress.step, self.steps)
+        norm = self.engine.step(factor * self.guard.caution)
+        self.recent.append(loss)
+        if math.isfinite(norm):
+            self.guard.accept(loss)
+            return norm
+        if self.config.precision != "fp16" or self.engine.loss_scale <= 1.0:
+            self.guard.answer(NON_FINITE, "gradient", norm, step, batches, losses)
+        self.progress.skipped_steps += 1
+        return norm
 
     def _micro_weights(self, batches: list[Batch]) -> list[Tensor | None]:
         """What each micro-batch's joint loss is multiplied with, 1 on average; None stands for 1."""
@@ -309,36 +309,71 @@ class _Training:
         step = self.progress.step
         line = joint | {"lr": self.engine.lr}
         if self.config.precision == "fp16":
-            line |= {"loss_scale": self.engine.loss_scale, "skipped_steps": self.progress.skipped_steps}
-        point = step % self.config.logging_steps == 0 or step == self.steps
+            line |= {"loss_scale": self.engine.loss_scale}
+        if self.config.precision == "fp16" or self.config.guard != GuardConfig():
+            line |= {"skipped_steps": self.progress.skipped_steps}
+        point = self._is_point(step)
         if point:
             seconds = max(time.perf_counter() - self._window_start, 1e-9)
             samples = (step - self._window_step) * self.config.train_batch_size
             line |= {"samples_per_second": samples / seconds, "data_wait_share": self._window_waited_s / seconds}
+            line |= self.gauges.read(seconds, self.engine.deepspeed.optimizer.param_groups)
             line |= self.metrics() if self.metrics is not None else {}
             self._restart_window()
         self.context.log.scalars(step, line, self.phase, tensorboard=point)
 
+    def _is_point(self, step: int) -> bool:
+        """Whether the log gets what costs something to read."""
+        return step % self.config.logging_steps == 0 or step == self.steps
+
     def _evaluate(self, evaluate: Callable[[int], Mapping[str, float]]) -> None:
+        self.heart.at(self.progress.step, Doing.EVALUATION)
         self.model.eval()
         with torch.no_grad():
             numbers = evaluate(self.progress.step)
         self.model.train()
+        self.evaluated = (self.progress.step, {name: float(value) for name, value in numbers.items()})
         named = {f"eval/{name}": value for name, value in numbers.items()}
         self.context.log.scalars(self.progress.step, named, self.phase)
         self._restart_window()
 
+    def _is_best(self) -> bool:
+        """Whether this step was evaluated, and better than all before it."""
+        if self.best is None or self.evaluated[0] != self.progress.step:
+            return False
+        if self.best.metric not in self.evaluated[1]:
+            known = ", ".join(sorted(self.evaluated[1]))
+            raise ConfigError(f"metric_for_best_model: no evaluation gives {self.best.metric}; there are: {known}")
+        value = self.best.of({"metrics": self.evaluated[1]})
+        if value is None or (self.best_so_far is not None and value <= self.best_so_far):
+            return False
+        self.best_so_far = value
+        return True
+
     def _save(self) -> None:
+        self.heart.at(self.progress.step, Doing.CHECKPOINT)
         self._stop_clock()
         self.context.log.flush()
         state = {
             "step": self.progress.step,
             "progress": asdict(self.progress),
             "recent_losses": list(self.recent),
+            "guard": self.guard.state_dict(),
+            "best_so_far": self.best_so_far,
+            "metrics": self.evaluated[1] if self.evaluated[0] == self.progress.step else {},
             "loader": self.loader.state_dict(),
         }
-        checkpoint.save(self.folder, self.engine, state, self.config.keep_checkpoints, self.runtime)
+        self._wait_for_checkpoint()
+        config = self.config
+        self.saving = checkpoint.save(
+            self.folder, self.engine, state, config.keep_checkpoints, self.runtime, self.best, config.save_async
+        )
         self._restart_clock()
+
+    def _wait_for_checkpoint(self) -> None:
+        if self.saving is not None:
+            self.saving.wait()
+            self.saving = None
 
     def _restart_clock(self) -> None:
         self._clock = time.perf_counter()
@@ -352,28 +387,12 @@ class _Training:
         self._window_start = time.perf_counter()
         self._window_step = self.progress.step
         self._window_waited_s = 0.0
-
-    def _refuse(self, what: str, value: float, batches: list[Batch], losses: list[Tensor]) -> None:
-        """Stop on every rank, naming step and samples; all keys go to a file."""
-        keys = [str(key) for batch in batches for key in batch.get(KEYS, ())]
-        mine = {"rank": self.runtime.rank, "losses": [float(loss) for loss in losses], "keys": keys}
-        reports = _all_gather(mine, self.runtime)
-        step = self.progress.step + 1
-        if self.runtime.is_main:
-            place = self.context.work / f"non_finite-{self.phase}-{step:06d}.json"
-            write_atomic(place, json.dumps({"what": what, "step": step, "ranks": reports}, indent=1) + "\n")
-        bad = [r for r in reports if not all(math.isfinite(loss) for loss in r["losses"])] or reports
-        named = [key for report in bad for key in report["keys"]]
-        shown = ", ".join(named[:KEYS_SHOWN]) + (f" and {len(named) - KEYS_SHOWN} more" if named[KEYS_SHOWN:] else "")
-        self.context.log.close()
-        raise NonFinite(
-            f"{self.phase} step {step}: the {what} is {value} on rank(s) {', '.join(str(r['rank']) for r in bad)} "
-            f"with the samples {shown or '(no keys in the batch)'}; the weights were not touched: look at these "
-            "samples, or lower optimizer.lr, and run again from the last checkpoint"
-        )
+        self.gauges.restart()
 
     def _result(self) -> TrainResult:
         done = self.progress
+        if not self.recent:
+            raise NonFinite(f"{self.phase}: not one of {done.step} steps had a loss to learn from")
         seconds = max(done.seconds, 1e-9)
         return TrainResult(
             steps=done.step,
@@ -417,11 +436,3 @@ def to_device(value: Any, device: torch.device) -> Any:
     if isinstance(value, list | tuple):
         return type(value)(to_device(part, device) for part in value)
     return value
-
-
-def _all_gather(value: dict[str, Any], runtime: Runtime) -> list[dict[str, Any]]:
-    if runtime.group is None:
-        return [value]
-    gathered: list[Any] = [None] * runtime.world_size
-    dist.all_gather_object(gathered, value, group=runtime.group)
-    return gathered

@@ -4,32 +4,39 @@
     deepspeed --num_gpus 8 launch/pretrain.py CONFIG [key=value ...]
 
 The artifact: `config.json` and `model.safetensors` (read by `mmfoundry.models.io.load_clip`), `metrics.jsonl`,
-TensorBoard's files, and `skipped.jsonl` if samples could not be read.
+TensorBoard's files, and `skipped.jsonl` if samples could not be read. `ema/` and `soup/` hold a model each where the
+config asks for a moving average or a soup.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Annotated, Any, Literal
 
-from pydantic import Field, model_validator
+from pydantic import Field, field_validator, model_validator
 
 from mmfoundry.data.loader import Loader, Source
 from mmfoundry.data.pairs import PairEncoder, pad_text
 from mmfoundry.data.reader import Pool
 from mmfoundry.models.clip import CLIP, ClipConfig
+from mmfoundry.models.flops import clip_work
 from mmfoundry.models.interop.load import load_any_clip
+from mmfoundry.models.interop.open_clip import named_config
 from mmfoundry.models.io import save_clip
-from mmfoundry.models.objectives import OBJECTIVES, weighted_sum
+from mmfoundry.models.lock import lock_image_tower, lock_text_tower, take_towers
+from mmfoundry.models.objectives import Objective, needs, weighted_sum
+from mmfoundry.models.param_groups import TowerRates, clip_param_groups
+from mmfoundry.models.teachers import Taught, check_teacher
 from mmfoundry.pipeline.artifact import Artifact
 from mmfoundry.pipeline.config import ArtifactRef, Config, Neutral, ShardsRef, StageConfig
 from mmfoundry.pipeline.errors import ConfigError
 from mmfoundry.pipeline.host_memory import keep_freed_memory
-from mmfoundry.pipeline.optimizers import decay_groups
 from mmfoundry.pipeline.stage import RunContext, Stage
 from mmfoundry.pipeline.trainer import TrainerConfig, train
+from mmfoundry.stages.averages import SoupConfig, write_ema, write_soup
 
 SKIP_LOG = "skipped.jsonl"
+PHASE = "train"
 
 
 class DataSource(Config):
@@ -76,18 +83,68 @@ class LoaderConfig(Config):
         return self.model_dump(exclude={"index_dir"})
 
 
+class TeacherConfig(Config):
+    """A teacher: a model that looks at each batch, or what it said of each sample, stored in the shards."""
+
+    clip: ArtifactRef | None = Field(
+        None, description="a trained CLIP that reads the student's batches: a folder, as for `initial`"
+    )
+    image: str | None = Field(None, description="field of a sample's JSON with its embedding of the picture, a list")
+    text: str | None = Field(
+        None, description="field of a sample's JSON with its embeddings of the captions, a list of lists, one a caption"
+    )
+    scale: float = Field(100.0, gt=0, description="inverse temperature of stored embeddings; a model has its own")
+
+    @model_validator(mode="after")
+    def _one_source(self) -> TeacherConfig:
+        if (self.clip is None) == (self.image is None) or (self.image is None) != (self.text is None):
+            raise ValueError("a teacher has either clip (a model) or image and text (fields of the samples' JSON)")
+        return self
+
+
 class PretrainConfig(StageConfig):
     """Contrastive pretraining of a CLIP."""
 
     data: list[DataSource] = Field(min_length=1, description="what to draw samples from")
-    model: ClipConfig | None = Field(None, description="a CLIP to start from random weights; this or `initial`")
+    model: ClipConfig | None = Field(
+        None, description="a CLIP to start from random weights, or open_clip's name of one; this or `initial`"
+    )
     initial: ArtifactRef | None = Field(
         None, description="a trained CLIP to go on from: a folder of ours, of transformers or of open_clip"
     )
-    objectives: dict[str, float] = Field({"info_nce": 1.0}, min_length=1, description="what to minimise: name: weight")
+    initial_towers: Literal["both", "image", "text"] = Field(
+        "both", description="which towers of `initial` are taken; the other starts from random weights, as in LiT"
+    )
+    objectives: dict[str, float | dict[str, Any]] = Field(
+        {"info_nce": 1.0},
+        min_length=1,
+        description="what to minimise: name: weight, or name: {weight: 1.0, ...} with the objective's options",
+    )
+    teachers: dict[str, TeacherConfig] = Field({}, description="what the distillation objective learns from, by name")
+    lock_image: bool = Field(False, description="the image tower and its projection stay as they are (LiT)")
+    lock_image_unlocked_groups: int = Field(
+        0, ge=0, description="last groups of a locked image tower that learn after all: 1 projection, 2 last block, ..."
+    )
+    lock_text: bool = Field(False, description="the text tower and its projection stay as they are")
+    lock_text_unlocked_layers: int = Field(
+        0, ge=0, description="last groups of a locked text tower that learn after all: 1 projection, 2 last block, ..."
+    )
+    force_patch_dropout: float | None = Field(
+        None, ge=0, lt=1, description="in place of the model's own patch_dropout; 0: the whole pictures after FLIP"
+    )
     augmentation: AugmentationConfig = Field(AugmentationConfig(), description="what is done to the pictures")
     loader: LoaderConfig = Field(LoaderConfig(), description="how samples are read")
+    towers: TowerRates = Field(TowerRates(), description="how fast each tower learns, and the layers in it")
+    text_groups: int = Field(
+        1, ge=1, description="groups of captions of like length, which go through the text tower one by one; 4 is good"
+    )
+    soup: SoupConfig | None = Field(None, description="a mean of checkpoints, left in soup/; None: none")
     trainer: TrainerConfig = Field(description="batch size, steps, optimizer, schedule, checkpoints")
+
+    @field_validator("model", mode="before")
+    @classmethod
+    def _by_name(cls, model: Any) -> Any:
+        return named_config(model) if isinstance(model, str) else model
 
     @model_validator(mode="after")
     def _consistent(self) -> PretrainConfig:
@@ -95,15 +152,28 @@ class PretrainConfig(StageConfig):
             raise ValueError(
                 "give either model (to start from random weights) or initial (to go on from a trained CLIP)"
             )
-        for name in self.objectives:
-            OBJECTIVES[name]  # raises UnknownName, which lists the known ones
-        if "siglip" in self.objectives and self.model is not None and self.model.init_logit_bias is None:
-            raise ValueError("the siglip objective needs model.init_logit_bias, -10 in the paper")
+        if self.soup is not None and self.soup.checkpoints > self.trainer.keep_checkpoints:
+            raise ValueError(f"soup.checkpoints wants trainer.keep_checkpoints to be {self.soup.checkpoints} or more")
+        self._consistent_objectives()
+        if self.initial_towers != "both" and self.initial is None:
+            raise ValueError("initial_towers says which towers of initial are taken, which is not given")
+        for tower, unlocked in (("image", "lock_image_unlocked_groups"), ("text", "lock_text_unlocked_layers")):
+            if getattr(self, unlocked) and not getattr(self, f"lock_{tower}"):
+                raise ValueError(f"{unlocked} is for a locked tower: set lock_{tower}")
         return self
 
+    def _consistent_objectives(self) -> None:
+        needed = needs(weighted_sum(self.objectives))  # raises UnknownName, which lists the known ones
+        if "bias" in needed and self.model is not None and self.model.init_logit_bias is None:
+            raise ValueError("the siglip objective needs model.init_logit_bias, -10 in the paper")
+        if ("teachers" in needed) != bool(self.teachers):
+            raise ValueError("the distillation objective and teachers go together; only one of them is given")
 
-def encoder_of(model: ClipConfig, augmentation: AugmentationConfig) -> PairEncoder:
-    """How samples become pairs for a model.
+
+def encoder_of(
+    model: ClipConfig, augmentation: AugmentationConfig, teachers: Mapping[str, TeacherConfig] | None = None
+) -> PairEncoder:
+    """How samples become pairs for a model, with what stored teachers say of them.
 
     Raises:
         ConfigError: the model has another vocabulary than CLIP's tokenizer.
@@ -113,6 +183,7 @@ def encoder_of(model: ClipConfig, augmentation: AugmentationConfig) -> PairEncod
         model.text_cfg.context_length,
         vocab_size=model.text_cfg.vocab_size,
         **augmentation.model_dump(),
+        stored={name: (each.image, each.text) for name, each in (teachers or {}).items() if each.image and each.text},
     )
 
 
@@ -128,10 +199,11 @@ def run(config: PretrainConfig, context: RunContext) -> Artifact:
     if runtime.device.type == "cpu":
         keep_freed_memory()
     model, seed = _model(config, context)
+    model.text_model.groups = config.text_groups
     loader = Loader(
         sources_of(config.data, open_pools(config.data, config.loader, context)),
         batch_size=config.trainer.samples_per_fetch(runtime.world_size),
-        encode=encoder_of(model.config, config.augmentation),
+        encode=encoder_of(model.config, config.augmentation, config.teachers),
         finish=pad_text,
         seed=config.seed,
         rank=runtime.rank,
@@ -147,17 +219,25 @@ def run(config: PretrainConfig, context: RunContext) -> Artifact:
     result = train(
         config.trainer,
         model=model,
-        objective=weighted_sum(config.objectives),
+        objective=_objective(config, context, model.config),
         loader=loader,
         context=context,
+        phase=PHASE,
         metrics=lambda: data_metrics(loader),
-        param_groups=decay_groups(
-            model.named_parameters(), config.trainer.optimizer.weight_decay, model.no_weight_decay()
+        work=clip_work(model),
+        param_groups=clip_param_groups(
+            model,
+            config.trainer.optimizer.weight_decay,
+            config.towers,
+            hidden_apart=config.trainer.optimizer.type == "muon",
         ),
     )
     skipped, seen = loader.counters()["skipped"], loader.seen()
     if runtime.is_main:
         save_clip(model, context.work, seed=seed)
+    if config.trainer.ema is not None:
+        write_ema(model, context, PHASE, seed)
+    soup = {} if config.soup is None else write_soup(config.soup, model, context, PHASE, seed)
     return context.finish(
         metrics={
             "loss": result.mean_loss,
@@ -167,6 +247,7 @@ def run(config: PretrainConfig, context: RunContext) -> Artifact:
             "samples_skipped": skipped,
             "parameters": parameters,
         }
+        | soup
     )
 
 
@@ -198,12 +279,43 @@ def data_metrics(loader: Loader) -> dict[str, float]:
 
 def _model(config: PretrainConfig, context: RunContext) -> tuple[CLIP, int | None]:
     """The model to train, and the seed of its random weights; no seed where it goes on from a trained one."""
+    seed: int | None = None
     if config.model is not None:
-        return CLIP.from_seed(config.model, config.seed), config.seed
-    model = load_any_clip(context.inputs["initial"])
-    if "siglip" in config.objectives and model.logit_bias is None:
-        raise ConfigError(f"initial: {config.initial} has no logit bias, which the siglip objective needs")
-    return model, None
+        model, seed = CLIP.from_seed(_forced(config, config.model), config.seed), config.seed
+    else:
+        model = load_any_clip(context.inputs["initial"])
+        if "bias" in needs(weighted_sum(config.objectives)) and model.logit_bias is None:
+            raise ConfigError(f"initial: {config.initial} has no logit bias, which the siglip objective needs")
+        if config.initial_towers != "both":
+            model = take_towers(model, CLIP.from_seed(model.config, config.seed), config.initial_towers)
+        model.config = _forced(config, model.config)
+        model.vision_model.config = model.config.vision_cfg
+    if config.lock_image:
+        lock_image_tower(model, config.lock_image_unlocked_groups)
+    if config.lock_text:
+        lock_text_tower(model, config.lock_text_unlocked_layers)
+    return model, seed
+
+
+def _forced(config: PretrainConfig, model: ClipConfig) -> ClipConfig:
+    """The model's config with `force_patch_dropout`, if there is one."""
+    if config.force_patch_dropout is None:
+        return model
+    vision = model.vision_cfg.model_copy(update={"patch_dropout": config.force_patch_dropout})
+    return model.model_copy(update={"vision_cfg": vision})
+
+
+def _objective(config: PretrainConfig, context: RunContext, student: ClipConfig) -> Objective:
+    """What is minimised, with the teachers that it asks."""
+    objective = weighted_sum(config.objectives)
+    if not config.teachers:
+        return objective
+    online: dict[str, CLIP] = {}
+    for name, teacher in config.teachers.items():
+        if teacher.clip is not None:
+            online[name] = load_any_clip(context.inputs[f"teachers.{name}.clip"])
+            check_teacher(name, online[name].config, student)
+    return Taught(objective, online, {name: each.scale for name, each in config.teachers.items() if each.image})
 
 
 STAGE = Stage("pretrain", PretrainConfig, run, "train a CLIP from picture-caption shards")

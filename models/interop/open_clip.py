@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+import difflib
+import importlib.util
+import json
 import re
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -12,7 +16,7 @@ from torch import Tensor
 from mmfoundry.models.clip import CLIP, ClipConfig
 from mmfoundry.models.interop.build import build
 from mmfoundry.pipeline.config import parse
-from mmfoundry.pipeline.errors import ConfigError, DamagedInput
+from mmfoundry.pipeline.errors import ConfigError, DamagedInput, UnknownName
 
 _QKV = ("q_proj", "k_proj", "v_proj")  # the order in which open_clip stacks them
 
@@ -75,6 +79,22 @@ def from_open_clip_config(
     if tree.pop("custom_text", False):
         raise ConfigError(f"{source}: custom_text models are another class of open_clip, which is not supported")
     return parse(ClipConfig, tree, source=source)
+
+
+def named_config(name: str) -> ClipConfig:
+    """The config of one of open_clip's models by its name, e.g. ViT-B-32; read from its files, without importing it.
+
+    Raises:
+        UnknownName: open_clip has none of this name; the nearest is said.
+        ConfigError: it asks for something that our CLIP does not have; the key is named.
+    """
+    spec = importlib.util.find_spec("open_clip")
+    folders = list(spec.submodule_search_locations or ()) if spec is not None else []
+    files = {file.stem: file for folder in folders for file in sorted(Path(folder, "model_configs").glob("*.json"))}
+    if name not in files:
+        near = difflib.get_close_matches(name, files, n=3)
+        raise UnknownName(f"open_clip has no model {name!r}; near: {', '.join(near) or 'none'}")
+    return from_open_clip_config(json.loads(files[name].read_text(encoding="utf-8")), source=f"open_clip's {name}")
 
 
 def to_open_clip_state(model: CLIP) -> dict[str, Tensor]:

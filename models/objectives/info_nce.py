@@ -11,7 +11,7 @@ from torch import Tensor
 from torch.distributed import ProcessGroup
 
 from mmfoundry.models.clip import ClipOutput
-from mmfoundry.models.objectives import OBJECTIVES
+from mmfoundry.models.objectives import OBJECTIVES, check_pairs
 from mmfoundry.pipeline.distributed import all_gather_rows, rank_in
 
 # Shape suffixes: b = pairs on this rank, N = pairs on all ranks, D = embedding width
@@ -34,9 +34,7 @@ def info_nce(output: ClipOutput, batch: Mapping[str, Any], group: ProcessGroup |
     Raises:
         ValueError: the two embeddings differ in shape.
     """
-    image_bD, text_bD = output.image_bD, output.text_bD
-    if image_bD.shape != text_bD.shape:
-        raise ValueError(f"images {tuple(image_bD.shape)} and texts {tuple(text_bD.shape)} must pair row by row")
+    image_bD, text_bD = check_pairs(output)
     target_b = rank_in(group) * len(image_bD) + torch.arange(len(image_bD), device=image_bD.device)
     with torch.autocast(
         image_bD.device.type, enabled=False

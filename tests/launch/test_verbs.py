@@ -1,5 +1,6 @@
 """A stage's verb: its own config or a recipe's entry, where its artifact goes, and what it reads."""
 
+import json
 from pathlib import Path
 
 import pytest
@@ -9,6 +10,7 @@ from mmfoundry.pipeline.distributed import Runtime
 from mmfoundry.pipeline.errors import ConfigError, MissingInput
 from mmfoundry.pipeline.recipe import load_recipe, run_recipe
 from tests.pipeline import fake_stages as fakes
+from tests.pipeline.tiny_training import TINY, TinyConfig, trainer_config
 
 
 @pytest.fixture(autouse=True)
@@ -28,6 +30,24 @@ def test_a_config_of_its_own() -> None:
     made = verbs.execute(job, Runtime())
     assert verbs.outcome(made).endswith("steps 4, written_now 4")
     assert verbs.describe(job).endswith("skip, done; config and inputs are unchanged")
+
+
+def test_a_training_shows_what_deepspeed_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
+    trainer = trainer_config(zero_optimization={"stage": 2}, train_micro_batch_size_per_gpu=3, deepspeed="ds.json")
+    Path("ds.json").write_text('{"zero_optimization": {"reduce_bucket_size": 99}}')
+    job = verbs.Job(TINY, TinyConfig.model_validate({"trainer": trainer}), Path("made"))
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    first, second, *rest = verbs.describe(job).splitlines()
+    assert first == "tiny -> made: run, not run yet"
+    assert second.startswith("trainer: DeepSpeed's settings on 2 rank(s)")
+    settings = json.loads("\n".join(rest))
+    assert settings["gradient_accumulation_steps"] == 2
+    assert settings["zero_optimization"]["stage"] == 2
+    assert settings["zero_optimization"]["reduce_bucket_size"] == 99
+    Path("ds.json").write_text('{"train_batch_size": 99}')
+    with pytest.raises(ConfigError, match="train_batch_size is 99, but train_batch_size makes it 12"):
+        verbs.describe(job)
+    assert not Path("made").exists()
 
 
 def test_an_entry_of_a_recipe() -> None:

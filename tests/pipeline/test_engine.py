@@ -15,7 +15,8 @@ from torch.distributed import ProcessGroup
 
 from mmfoundry.pipeline.config import parse
 from mmfoundry.pipeline.distributed import all_reduce_sum, init_runtime, rank_in, world_in
-from mmfoundry.pipeline.engine import Engine, EngineConfig, deepspeed_config
+from mmfoundry.pipeline.engine import Engine
+from mmfoundry.pipeline.engine_config import EngineConfig, deepspeed_config
 from mmfoundry.pipeline.errors import ConfigError
 from mmfoundry.pipeline.optimizers import OPTIMIZERS, OptimizerConfig, decay_groups
 from tests.ranks import run_ranks

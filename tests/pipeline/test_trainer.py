@@ -144,7 +144,7 @@ def test_gradient_that_is_not_finite_stops_before_the_update(tmp_path: Path, mon
     assert "train step 1: the gradient is nan on rank(s) 0 with the samples row-0, row-1" in error
     assert error.count("row-") == 8
     assert "and 4 more" in error
-    assert not (tmp_path / "out.work" / "checkpoints").exists()
+    assert not list((tmp_path / "out.work").glob("checkpoints/*/*"))
 
 
 def test_the_log_has_every_step_and_evaluations(joint: Run, tmp_path: Path) -> None:

@@ -98,11 +98,16 @@ class TinyLoader:
 
 
 class Poisoned(TinyLanguageModel):
-    """Answers a batch whose tokens are not numbers with outputs that are not numbers."""
+    """Answers a batch whose tokens are not numbers with outputs that are not numbers, or far too large."""
+
+    def __init__(self, dropout: float = 0.0, leap: float = torch.nan) -> None:
+        super().__init__(dropout)
+        self.leap = leap
 
     def forward(self, batch: dict[str, Any]) -> Tensor:
         if batch["tokens"].is_floating_point():
-            return super().forward(batch | {"tokens": torch.zeros_like(batch["tokens"], dtype=torch.int64)}) * torch.nan
+            whole = batch | {"tokens": torch.zeros_like(batch["tokens"], dtype=torch.int64)}
+            return super().forward(whole) * self.leap
         return super().forward(batch)
 
 
@@ -110,6 +115,7 @@ class TinyConfig(StageConfig):
     trainer: TrainerConfig
     dropout: float = 0.0
     bad: int | None = None
+    leap: float | None = None
 
 
 # What a test has happen after a step, by name of the signal that this process then gets; not part of the config.
@@ -118,7 +124,10 @@ SIGNAL_AFTER: tuple[str, int] | None = None
 
 def run(config: TinyConfig, context: RunContext) -> Artifact:
     torch.manual_seed(config.seed)
-    model = Poisoned(config.dropout) if config.bad is not None else TinyLanguageModel(config.dropout)
+    model = TinyLanguageModel(config.dropout)
+    if config.bad is not None:
+        torch.manual_seed(config.seed)
+        model = Poisoned(config.dropout, torch.nan if config.leap is None else config.leap)
     runtime = context.runtime
     loader = TinyLoader(
         config.trainer.samples_per_fetch(runtime.world_size), runtime.rank, runtime.world_size, config.bad

@@ -19,18 +19,20 @@ import yaml
 from PIL import Image
 from torch.distributed import ProcessGroup
 
+from mmfoundry.data.decode import UnreadableSample
 from mmfoundry.data.loader import stack
 from mmfoundry.data.pairs import pad_text
 from mmfoundry.data.sample import Sample
 from mmfoundry.data.shards import write_shards
+from mmfoundry.models.clip import CLIP
 from mmfoundry.models.io import load_clip, untrained_clip
 from mmfoundry.pipeline.artifact import Artifact
 from mmfoundry.pipeline.config import load_yaml, parse
 from mmfoundry.pipeline.distributed import init_runtime
-from mmfoundry.pipeline.errors import ConfigError
+from mmfoundry.pipeline.errors import ConfigError, MmfoundryError
 from mmfoundry.pipeline.metrics import read_metrics
 from mmfoundry.pipeline.stage import run_stage
-from mmfoundry.stages.pretrain import STAGE, AugmentationConfig, PretrainConfig, encoder_of
+from mmfoundry.stages.pretrain import STAGE, AugmentationConfig, PretrainConfig, TeacherConfig, encoder_of
 from tests.ranks import run_ranks
 
 ROOT = Path(__file__).parents[2]
@@ -157,6 +159,81 @@ def test_goes_on_from_a_trained_model(shards: Path, tmp_path: Path) -> None:
         run_stage(STAGE, config, tmp_path / "c", init_runtime())
 
 
+def test_a_locked_tower_stays_and_a_fresh_one_learns(shards: Path, tmp_path: Path) -> None:
+    trainer = tree(shards)["trainer"] | {"max_steps": 2}
+    first = run_stage(STAGE, parse(PretrainConfig, tree(shards, trainer=trainer)), tmp_path / "a", init_runtime())
+    changes = {
+        "model": None,
+        "initial": str(first.path),
+        "initial_towers": "image",
+        "lock_image": True,
+        "lock_image_unlocked_groups": 1,
+        "force_patch_dropout": 0.5,
+        "objectives": {"matryoshka": {"weight": 0.5, "over": {"tiled_info_nce": 1.0}}},
+        "trainer": trainer,
+        "seed": 1,
+    }
+    second = run_stage(STAGE, parse(PretrainConfig, tree(shards, **changes)), tmp_path / "b", init_runtime())
+    before, after = load_clip(first.path), load_clip(second.path)
+    assert after.config.vision_cfg.patch_dropout == 0.5
+    weights, fresh = after.state_dict(), CLIP.from_seed(before.config, 1).state_dict()
+    for name, value in before.state_dict().items():
+        assert torch.equal(weights[name], value) == name.startswith("vision_model."), name
+        if name.startswith("text_model.encoder") and value.ndim == 2:  # two steps from the seed, not from the first run
+            assert (weights[name] - fresh[name]).abs().max() < (weights[name] - value).abs().max()
+
+
+def test_a_student_learns_from_a_model_and_from_stored_embeddings(shards: Path, tmp_path: Path) -> None:
+    trainer = tree(shards)["trainer"] | {"max_steps": 2}
+    teaching = run_stage(STAGE, parse(PretrainConfig, tree(shards, trainer=trainer)), tmp_path / "a", init_runtime())
+    stored = tmp_path / "stored"
+    told = {"image": [1.0, 2.0, 3.0], "text": [[1.0, 0.0, 1.0], [0.0, 1.0, 1.0]]}
+    samples = (
+        {
+            "__key__": f"{number}",
+            "png": picture(number),
+            "txt": "one\ntwo",
+            "json": json.dumps({"told": told["image"], "said": told["text"]}).encode(),
+        }
+        for number in range(16)
+    )
+    write_shards(samples, stored, max_count=16)
+    changes = {
+        "data": [{"path": str(stored)}],
+        "trainer": trainer,
+        "seed": 1,
+        "objectives": {"info_nce": 1.0, "distillation": {"weight": 0.5, "similarity": 1.0}},
+        "teachers": {"big": {"clip": str(teaching.path)}, "kept": {"image": "told", "text": "said", "scale": 50.0}},
+    }
+    found = run_stage(STAGE, parse(PretrainConfig, tree(shards, **changes)), tmp_path / "b", init_runtime())
+    lines = read_metrics(found.path / "metrics.jsonl")
+    assert all(line["distillation/similarity"] > 0 for line in lines if "loss" in line)
+    missing = changes | {"teachers": {"kept": {"image": "nothing", "text": "said"}}}
+    with pytest.raises(MmfoundryError, match="stored embeddings"):
+        run_stage(STAGE, parse(PretrainConfig, tree(shards, **missing)), tmp_path / "c", init_runtime())
+
+
+def picture(number: int) -> bytes:
+    file = io.BytesIO()
+    Image.fromarray(np.full((20, 20, 3), number * 10, np.uint8)).save(file, "png")
+    return file.getvalue()
+
+
+def test_stored_embeddings_follow_their_caption(shards: Path) -> None:
+    config = parse(PretrainConfig, tree(shards))
+    pixels = np.zeros((24, 20, 3), np.uint8)
+    said = {"v": [1.0, 2.0], "t": [[1.0, 0.0], [0.0, 1.0]]}
+    encoder = encoder_of(config.model, config.augmentation, {"a": TeacherConfig(image="v", text="t")})
+    for seed in range(8):
+        pair = encoder(Sample("key", pixels, ["one", "two words"], meta=said), np.random.default_rng(seed))
+        first = pair["teacher_text/a"][0] == 1.0
+        assert len(pair["text"].values) == (3 if first else 4)
+        assert pair["teacher_image/a"].dtype == np.float32
+    for wrong in ({}, said | {"v": "x"}, said | {"t": [[1.0, 0.0]]}, said | {"v": [float("nan"), 0.0]}):
+        with pytest.raises(UnreadableSample, match="stored embeddings"):
+            encoder(Sample("key", pixels, ["one", "two"], meta=wrong), np.random.default_rng(0))
+
+
 def test_sixteen_bits_learn_as_well(shards: Path, tmp_path: Path) -> None:
     trainer = tree(shards)["trainer"] | {"max_steps": 8}
     full, half = (
@@ -178,6 +255,13 @@ def test_sixteen_bits_learn_as_well(shards: Path, tmp_path: Path) -> None:
         ({"model": None}, "give either model"),
         ({"objectives": {"info_nec": 1.0}}, "unknown objective 'info_nec'; did you mean info_nce"),
         ({"objectives": {"siglip": 1.0}}, "needs model.init_logit_bias"),
+        ({"objectives": {"info_nce": {"weight": 1.0, "tile": 3}}}, "objectives.info_nce has no options"),
+        ({"objectives": {"matryoshka": {"over": {"siglip": 1.0}}}}, "needs model.init_logit_bias"),
+        ({"objectives": {"distillation": 1.0}}, "distillation objective and teachers go together"),
+        ({"teachers": {"a": {"clip": "x"}}}, "distillation objective and teachers go together"),
+        ({"teachers": {"a": {"clip": "x", "image": "y"}}}, "teachers.a: a teacher has either clip"),
+        ({"lock_image_unlocked_groups": 1}, "is for a locked tower: set lock_image"),
+        ({"initial_towers": "image"}, "initial_towers says which towers of initial are taken"),
         ({"data": []}, "data"),
         ({"trainer": {"train_batch_size": 16}}, "give one of max_steps, max_samples and max_epochs; given: none"),
         ({"trainer": {"train_batch_size": 16, "max_steps": 2, "max_epochs": 1}}, "given: max_steps, max_epochs"),

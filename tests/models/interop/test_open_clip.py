@@ -8,10 +8,11 @@ from mmfoundry.models.clip import CLIP
 from mmfoundry.models.interop.open_clip import (
     from_open_clip,
     from_open_clip_config,
+    named_config,
     to_open_clip_config,
     to_open_clip_state,
 )
-from mmfoundry.pipeline.errors import ConfigError, DamagedInput
+from mmfoundry.pipeline.errors import ConfigError, DamagedInput, UnknownName
 from tests.models.tiny import pairs, tiny_clip
 
 
@@ -75,3 +76,19 @@ def test_config_round_trip_and_refusals() -> None:
     del state["visual.transformer.resblocks.1.attn.in_proj_bias"]
     with pytest.raises(DamagedInput, match=r"vision_model\.encoder\.layers\.1\.self_attn\.[kqv]_proj\.bias is missing"):
         from_open_clip(written["model_cfg"], state)
+
+
+def test_a_model_by_its_name_has_their_config_and_size() -> None:
+    for name, millions in (("ViT-S-32-alt", 43.22), ("ViT-B-16", 149.62), ("ViT-L-14-336-quickgelu", 427.94)):
+        config = named_config(name)
+        assert config == from_open_clip_config(open_clip.get_model_config(name))
+        with torch.device("meta"):
+            parameters = sum(weight.numel() for weight in CLIP(config).parameters())
+        assert parameters / 1e6 == pytest.approx(millions, abs=0.01)  # open_clip's docs/model_profile.csv
+
+
+def test_a_name_that_is_not_theirs_or_not_a_plain_clip_is_refused() -> None:
+    with pytest.raises(UnknownName, match=r"no model 'ViT-B-23'; near: ViT-B-32"):
+        named_config("ViT-B-23")
+    with pytest.raises(ConfigError, match=r"open_clip's RN50"):
+        named_config("RN50")

@@ -9,13 +9,14 @@ from torch import Tensor, nn
 from torch.distributed import ProcessGroup
 
 from mmfoundry.models.chat import IGNORED
-from mmfoundry.models.objectives import OBJECTIVES
+from mmfoundry.models.objectives import OBJECTIVES, objective_with
 from mmfoundry.pipeline.distributed import rank_in
 from tests.ranks import run_ranks
 
 # float64, so only the order of the sums differs; an objective that must compute in fp32 says so here, and why
 TOLERANCE = {"answer_tokens": (1e-5, 1e-7)}  # scores of a large vocabulary are widened to fp32, not further
 EXACT = (1e-10, 1e-12)
+KINDS = ("image", "text")
 
 
 class TinyModel(nn.Module):
@@ -49,25 +50,39 @@ def joint_batch(rows: int) -> dict[str, Tensor]:
     # Answers of 0 to 6 tokens, the longest ones on one rank: a mean over a rank's own tokens would show
     answer = (torch.arange(rows) % 4) * 2
     labels[torch.arange(8) < 8 - answer[:, None]] = IGNORED
-    return {"image": normal(rows, 7), "text": normal(rows, 9), "hidden": normal(rows, 8, 6), "labels": labels}
+    batch = {"image": normal(rows, 7), "text": normal(rows, 9), "hidden": normal(rows, 8, 6), "labels": labels}
+    teachers = {f"teacher_{kind}/{name}": normal(rows, width) for name, width in (("a", 5), ("b", 3)) for kind in KINDS}
+    return batch | teachers
 
 
-def values_and_grads(group: ProcessGroup | None, name: str, world: int) -> tuple[dict[str, Tensor], list[Tensor]]:
+def values_and_grads(
+    group: ProcessGroup | None, name: str, world: int, options: dict[str, Any] | None = None
+) -> tuple[dict[str, Tensor], list[Tensor]]:
     """This rank's values, and its gradient for each weight; every rank builds the same model and joint batch."""
     torch.manual_seed(0)
     model = TinyModel().double()
     batch = {key: value[rank_in(group) :: world] for key, value in joint_batch(rows=12).items()}
-    values: dict[str, Any] = OBJECTIVES[name](model(batch), batch, group)
+    values: dict[str, Any] = objective_with(name, options or {})(model(batch), batch, group)
     gradients = torch.autograd.grad(values["loss"], list(model.parameters()), materialize_grads=True)
     return {key: value.detach() for key, value in values.items()}, list(gradients)
 
 
-@pytest.mark.parametrize("world", [2, 3])
-@pytest.mark.parametrize("name", sorted(OBJECTIVES))
-def test_ranks_agree_with_one_process(name: str, world: int) -> None:
-    values, gradients = values_and_grads(None, name, world=1)
+# Options beside the defaults: tiles that do not divide a rank's rows, several parts
+OPTIONS: dict[str, list[dict[str, Any]]] = {
+    "tiled_info_nce": [{"tile": 2}],
+    "siglip": [{"tile": 2}],
+    "distillation": [{"features": 0.5, "teachers": {"a": 1.0}}],
+    "matryoshka": [{"dims": [5, 2], "over": {"tiled_info_nce": 1.0, "siglip": 0.5}}],
+}
+CASES = [(name, options) for name in sorted(OBJECTIVES) for options in ({}, *OPTIONS.get(name, []))]
+
+
+@pytest.mark.parametrize("world", [2, 4])
+@pytest.mark.parametrize(("name", "options"), CASES)
+def test_ranks_agree_with_one_process(name: str, options: dict[str, Any], world: int) -> None:
+    values, gradients = values_and_grads(None, name, world=1, options=options)
     assert max(part.abs().max() for part in gradients) > 1e-3  # a constant loss would agree with itself
-    per_rank = run_ranks(values_and_grads, world, name, world)  # gloo, one process a rank
+    per_rank = run_ranks(values_and_grads, world, name, world, options)  # gloo, one process a rank
     rtol, atol = TOLERANCE.get(name, EXACT)
     mean_loss = torch.stack([own["loss"] for own, _ in per_rank]).mean()
     torch.testing.assert_close(mean_loss, values["loss"], rtol=rtol, atol=atol)

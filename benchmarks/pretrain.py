@@ -1,0 +1,324 @@
+"""Our contrastive training step beside open_clip's own.
+
+    python benchmarks/pretrain.py [--quick] [--json PATH] [--device cpu|cuda] [--models ViT-B-32 ...] [--batch N]
+
+    step <model>        one optimizer step on batches in memory, samples/s
+    end to end <model>  the same from the shipped tars, decoding and tokenizing included, samples/s
+    memory <model>      peak of one process that makes some steps: resident memory on a CPU, allocated on a GPU
+    mfu <model>         on a GPU: operations that each side computes over the device's dense peak
+
+Captions have the lengths of web captions (a lognormal law, median 12 tokens), or are the pool's own. open_clip runs as
+its `open_clip_train.main` does: `create_model`, `ClipLoss`, autocast to bf16, AdamW with its groups and numbers, images
+normalised and captions padded to 77 by its loader. Ours is the stage's engine with the same numbers. The two make their
+steps in turn, in one process, on the same pictures and captions, so that a busy machine slows both alike.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import statistics
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from mmfoundry.data.loader import Loader, Source
+from mmfoundry.data.pairs import PairEncoder, pad_text
+from mmfoundry.models.clip import CLIP, ClipConfig
+from mmfoundry.models.flops import FORWARD_AND_BACKWARD, clip_work
+from mmfoundry.models.interop.open_clip import named_config
+from mmfoundry.models.objectives import OBJECTIVES
+from mmfoundry.models.param_groups import clip_param_groups
+from mmfoundry.pipeline.distributed import Runtime, init_runtime
+from mmfoundry.pipeline.engine import Engine
+from mmfoundry.pipeline.engine_config import EngineConfig
+from mmfoundry.pipeline.gauges import peak_tflops
+from mmfoundry.pipeline.host_memory import keep_freed_memory
+from mmfoundry.pipeline.optimizers import OptimizerConfig, build_optimizer
+from mmfoundry.pipeline.torchvision_ops import declare_missing_ops
+
+Batch = dict[str, torch.Tensor]
+Row = dict[str, Any]
+
+ROOT = Path(__file__).resolve().parents[1]
+POOL = sorted((ROOT / "data" / "samples").glob("pool-*.tar"))
+OPTIMIZER = OptimizerConfig(lr=5e-4, betas=(0.9, 0.98), eps=1e-6, weight_decay=0.2)  # open_clip's for a ViT
+CONTEXT = 77
+WORKERS = 2
+GROUPS = 4  # of captions of like length, in our text tower
+WARM_UP = 1  # steps of each side that are not counted
+
+
+def web_batch(config: ClipConfig, rows: int, seed: int) -> Batch:
+    """Random pictures, and token ids of captions whose lengths follow a lognormal law; padded to 77."""
+    generator = torch.Generator().manual_seed(seed)
+    side, vocabulary = config.vision_cfg.image_size, config.text_cfg.vocab_size
+    image = torch.randint(0, 256, (rows, 3, side, side), dtype=torch.uint8, generator=generator)
+    words = torch.exp(2.5 + 0.65 * torch.randn(rows, generator=generator)).round()  # e^2.5: 12 tokens
+    length = words.long().clamp(1, CONTEXT - 2) + 2  # start and end
+    text = torch.randint(1, vocabulary - 2, (rows, CONTEXT), generator=generator)
+    text[:, 0] = vocabulary - 2
+    position = torch.arange(CONTEXT)
+    text[position[None] >= length[:, None]] = 0
+    text[torch.arange(rows), length - 1] = vocabulary - 1
+    return {"image": image, "text": text}
+
+
+class Ours:
+    """The engine of the pretrain stage."""
+
+    def __init__(self, config: ClipConfig, rows: int, runtime: Runtime) -> None:
+        self.device = runtime.device
+        self.model = CLIP.from_seed(config, 0).to(self.device).train()
+        self.model.text_model.groups = GROUPS
+        groups = clip_param_groups(self.model, OPTIMIZER.weight_decay)
+        settings = EngineConfig(train_batch_size=rows, precision="bf16", gradient_clipping=0)
+        objective = OBJECTIVES["info_nce"]
+        self._engine = Engine(
+            settings, self.model, objective, lambda each: build_optimizer(each, OPTIMIZER), groups, runtime
+        )
+
+    def prepare(self, batch: Batch) -> Batch:
+        """As our loader hands it out: cut behind the longest caption."""
+        longest = int(batch["text"].argmax(1).max()) + 1
+        return {"image": batch["image"].to(self.device), "text": batch["text"][:, :longest].to(self.device)}
+
+    def step(self, batch: Batch) -> None:
+        """One optimizer step, and the checks that every step of ours makes."""
+        values = self._engine.accumulate(batch)
+        if not torch.isfinite(values["loss"]) or self._engine.step(1.0) < 0:
+            raise RuntimeError("not finite")
+
+    def flops(self, batch: Batch) -> float:
+        """What a step computes."""
+        return clip_work(self.model)(batch).flops
+
+
+class OpenClip:
+    """open_clip's own parts, put together as `open_clip_train.main` does."""
+
+    def __init__(self, name: str, config: ClipConfig, device: torch.device) -> None:
+        declare_missing_ops()
+        import open_clip
+        from open_clip.loss import ClipLoss
+
+        self.device, self._config = device, config
+        self._model = open_clip.create_model(name, precision="amp_bf16", device=device).train()
+        self._loss = ClipLoss(local_loss=False, gather_with_grad=True, cache_labels=True)
+        named = [(n, p) for n, p in self._model.named_parameters() if p.requires_grad]
+        spared = [p for n, p in named if p.ndim < 2 or "bn" in n or "ln" in n or "bias" in n or "logit_scale" in n]
+        rest = [p for _, p in named if all(p is not each for each in spared)]
+        groups = [{"params": spared, "weight_decay": 0.0}, {"params": rest, "weight_decay": OPTIMIZER.weight_decay}]
+        betas = (OPTIMIZER.betas[0], OPTIMIZER.betas[1])
+        self._optimizer = torch.optim.AdamW(groups, lr=OPTIMIZER.lr, betas=betas, eps=OPTIMIZER.eps)
+
+    def prepare(self, batch: Batch) -> Batch:
+        """As its loader hands it out: normalised, padded."""
+        preprocess = self._config.preprocess_cfg
+        mean, std = (torch.tensor(each)[:, None, None] for each in (preprocess.mean, preprocess.std))
+        image = (batch["image"] / 255 - mean) / std
+        return {"image": image.to(self.device), "text": batch["text"].to(self.device)}
+
+    def step(self, batch: Batch) -> None:
+        """`train_one_epoch`, one turn of it."""
+        self._optimizer.zero_grad()
+        with torch.autocast(self.device.type, dtype=torch.bfloat16):
+            image, text, scale = self._model(batch["image"], batch["text"])[:3]
+            loss = self._loss(image, text, scale)
+        loss.backward()
+        self._optimizer.step()
+        with torch.no_grad():
+            self._model.logit_scale.clamp_(0, 4.6052)
+        if not torch.isfinite(loss):
+            raise RuntimeError("not finite")
+
+    def flops(self, batch: Batch) -> float:
+        """What a step computes: every position of every block, at 77 tokens."""
+        vision, text = self._config.vision_cfg, self._config.text_cfg
+        total = 0
+        for tower, positions in ((vision, vision.num_patches + 1), (text, CONTEXT)):
+            width = tower.width
+            block = positions * (8 * width**2 + 4 * positions * width + 4 * width * int(width * tower.mlp_ratio))
+            total += tower.layers * block + 2 * width * self._config.embed_dim
+        patches = 2 * vision.num_patches * 3 * vision.patch_size**2 * vision.width
+        return len(batch["text"]) * (FORWARD_AND_BACKWARD * total + (FORWARD_AND_BACKWARD - 1) * patches)
+
+
+def our_batches(config: ClipConfig, rows: int, device: torch.device) -> Iterator[Batch]:
+    """Our loader over the pool."""
+    loader = Loader(
+        [Source(list(map(str, POOL)), 1.0)],
+        batch_size=rows,
+        encode=PairEncoder(config.vision_cfg.image_size, CONTEXT),
+        finish=pad_text,
+        num_workers=WORKERS,
+        max_unreadable=0.1,
+        device=device,
+    )
+    batches = iter(loader)
+    try:
+        yield from batches
+    finally:
+        batches.close()  # type: ignore[attr-defined]
+
+
+def their_batches(config: ClipConfig, rows: int, device: torch.device) -> Iterator[Batch]:
+    """open_clip's pipeline over the pool, as `get_wds_dataset` builds it with resampling; its own loader class fails
+    with webdataset 1."""
+    import webdataset as wds
+    from open_clip import AugmentationCfg, SimpleTokenizer, image_transform
+
+    transform = image_transform(config.vision_cfg.image_size, is_train=True, aug_cfg=AugmentationCfg(scale=(0.9, 1.0)))
+    tokenizer = SimpleTokenizer()
+    dataset = wds.DataPipeline(
+        wds.ResampledShards(list(map(str, POOL))),
+        wds.tarfile_to_samples(handler=wds.ignore_and_continue),
+        wds.select(lambda sample: "txt" in sample and any(each in sample for each in ("jpg", "png", "jpeg", "webp"))),
+        wds.decode("pilrgb", handler=wds.ignore_and_continue),
+        wds.rename(image="jpg;png;jpeg;webp", text="txt"),
+        wds.map_dict(image=transform, text=lambda text: tokenizer(text)[0]),
+        wds.to_tuple("image", "text"),
+        wds.batched(rows, partial=False),
+    )
+    for image, text in wds.WebLoader(dataset, batch_size=None, shuffle=False, num_workers=WORKERS):
+        yield {"image": image.to(device, non_blocking=True), "text": text.to(device, non_blocking=True)}
+
+
+def timed(step: Callable[[Batch], None], batch: Batch, device: torch.device) -> float:
+    """Seconds of one step."""
+    start = time.perf_counter()
+    step(batch)
+    if device.type == "cuda":
+        torch.cuda.synchronize()
+    return time.perf_counter() - start
+
+
+def measure_model(name: str, rows: int, steps: int, device: str) -> Iterator[Row]:
+    """All rows of one model, each as soon as it is measured."""
+    config = named_config(name)
+    runtime = init_runtime()
+    ours, peer = Ours(config, rows, runtime), OpenClip(name, config, runtime.device)
+    yield from step_rows(name, ours, peer, config, rows, steps)
+    yield end_to_end_row(name, ours, peer, config, rows, steps)
+    yield memory_row(name, rows, device)
+
+
+def step_rows(name: str, ours: Ours, peer: OpenClip, config: ClipConfig, rows: int, steps: int) -> list[Row]:
+    """Steps on batches in memory, the sides in turn."""
+    times: dict[str, list[float]] = {"ours": [], "peer": []}
+    flops: dict[str, list[float]] = {"ours": [], "peer": []}
+    sides: dict[str, Ours | OpenClip] = {"ours": ours, "peer": peer}
+    for index in range(steps + WARM_UP):
+        batch = web_batch(config, rows, seed=index)
+        for side in ("ours", "peer") if index % 2 else ("peer", "ours"):
+            ready = sides[side].prepare(batch)
+            times[side].append(timed(sides[side].step, ready, ours.device))
+            flops[side].append(sides[side].flops(ready))
+    seconds = {side: statistics.median(each[WARM_UP:]) for side, each in times.items()}
+    found = [speed_row(f"step {name}", rows / seconds["ours"], rows / seconds["peer"], "samples/s")]
+    if ours.device.type == "cuda":
+        peak = peak_tflops(torch.cuda.get_device_name(), "bf16")
+        if peak is not None:
+            share = {side: statistics.mean(flops[side]) / seconds[side] / peak / 1e10 for side in seconds}
+            found.append(speed_row(f"mfu {name}", share["ours"], share["peer"], "%"))
+    return found
+
+
+def end_to_end_row(name: str, ours: Ours, peer: OpenClip, config: ClipConfig, rows: int, steps: int) -> Row:
+    """From the tars: each side's loader and steps alone, in turn; of two turns the better, when there is time."""
+    times = 1 if steps < 4 else 2
+    seconds: dict[str, list[float]] = {"ours": [], "peer": []}
+    for _ in range(times):
+        for side, step, batches in (
+            ("ours", ours.step, our_batches(config, rows, ours.device)),
+            ("peer", peer.step, their_batches(config, rows, ours.device)),
+        ):
+            timed(step, next(batches), ours.device)  # starts the workers
+            start = time.perf_counter()
+            for _ in range(steps):
+                timed(step, next(batches), ours.device)
+            seconds[side].append((time.perf_counter() - start) / steps)
+            batches.close()  # type: ignore[attr-defined]
+    return speed_row(f"end to end {name}", rows / min(seconds["ours"]), rows / min(seconds["peer"]), "samples/s")
+
+
+def memory_row(name: str, rows: int, device: str) -> Row:
+    """Peak memory of a process of each side's own; both at once, since nothing is timed."""
+    command = [sys.executable, __file__, "--device", device, "--models", name, "--batch", str(rows), "--peak-of"]
+    running = {side: subprocess.Popen([*command, side], stdout=subprocess.PIPE) for side in ("ours", "peer")}
+    peaks = {}
+    for side, process in running.items():
+        out, _ = process.communicate()
+        if process.returncode:
+            raise RuntimeError(f"the process that measures the memory of {side} ended with {process.returncode}")
+        peaks[side] = float(out.split()[-1])
+    ratio = round(peaks["peer"] / peaks["ours"], 2)
+    return {
+        "work": f"memory {name}",
+        **{side: round(peak) for side, peak in peaks.items()},
+        "unit": "MB",
+        "ratio": ratio,
+    }
+
+
+def print_peak(side: str, name: str, rows: int) -> None:
+    """In a process of its own: make steps, and print the peak in MB."""
+    config, runtime = named_config(name), init_runtime()
+    trained = Ours(config, rows, runtime) if side == "ours" else OpenClip(name, config, runtime.device)
+    for seed in range(2):
+        trained.step(trained.prepare(web_batch(config, rows, seed)))
+    on_gpu = runtime.device.type == "cuda"
+    print((torch.cuda.max_memory_allocated() if on_gpu else most_resident_bytes()) / 1e6)
+
+
+def most_resident_bytes() -> int:
+    """The most memory this process held; getrusage would also count what its starter held."""
+    lines = Path("/proc/self/status").read_text(encoding="ascii").splitlines()
+    return int(next(line for line in lines if line.startswith("VmHWM:")).split()[1]) * 1024
+
+
+def speed_row(work: str, ours: float, peer: float, unit: str) -> Row:
+    """More is better."""
+    return {"work": work, "ours": round(ours, 2), "peer": round(peer, 2), "unit": unit, "ratio": round(ours / peer, 2)}
+
+
+def main() -> None:
+    """Run the rows and print the table."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--quick", action="store_true", help="a smaller model, fewer steps")
+    parser.add_argument("--json", type=Path, help="write the rows to this file as well")
+    parser.add_argument("--device", choices=["cpu", "cuda"], default="cpu")
+    parser.add_argument("--models", nargs="+", help="open_clip's names")
+    parser.add_argument("--batch", type=int, help="pairs of a step")
+    parser.add_argument("--steps", type=int, help="timed steps of each side")
+    parser.add_argument("--peak-of", choices=["ours", "peer"], help=argparse.SUPPRESS)
+    arguments = parser.parse_args()
+    if arguments.device == "cpu":
+        os.environ["DS_ACCELERATOR"] = "cpu"
+        keep_freed_memory()
+    on_gpu = arguments.device == "cuda"
+    models = arguments.models or (
+        ["ViT-B-32", "ViT-B-16", "ViT-L-14"] if on_gpu else ["ViT-S-32-alt"] if arguments.quick else ["ViT-B-32"]
+    )
+    batch = arguments.batch or (256 if on_gpu else 16 if arguments.quick else 32)
+    if arguments.peak_of:
+        print_peak(arguments.peak_of, models[0], batch)
+        return
+    steps = arguments.steps or (20 if on_gpu else 3 if arguments.quick else 8)
+    rows = []
+    print(f"\n{'work':<28}{'ours':>10}{'open_clip':>11}  {'unit':<10} ratio   (batch {batch})", flush=True)
+    for row in (row for name in models for row in measure_model(name, batch, steps, arguments.device)):
+        print(f"{row['work']:<28}{row['ours']:>10}{row['peer']:>11}  {row['unit']:<10} {row['ratio']}", flush=True)
+        rows.append(row)
+    if arguments.json:
+        arguments.json.write_text(json.dumps(rows, indent=1) + "\n")
+
+
+if __name__ == "__main__":
+    main()

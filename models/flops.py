@@ -1,0 +1,80 @@
+"""What a CLIP's training costs, counted from shapes alone: positions and floating-point operations of a batch.
+
+Matrix products only, two operations a multiply-add, as torch.utils.flop_counter counts them; attention in full, also
+under the causal mask. What is not computed (all positions but one of the last block, padding that was cut) does not
+count, nor does what is computed twice to save memory.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import Any
+
+from mmfoundry.models.clip import CLIP, ClipConfig
+from mmfoundry.models.text import end_of_text, length_groups
+from mmfoundry.pipeline.gauges import Work
+
+FORWARD_AND_BACKWARD = 3  # the backward pass multiplies twice: for the weights and for the inputs
+
+
+def vision_flops(config: ClipConfig) -> tuple[int, int]:
+    """Operations of one picture's forward pass: all of them, and those of the patch embedding among them."""
+    vision = config.vision_cfg
+    patches = 2 * vision.num_patches * 3 * vision.patch_size**2 * vision.width
+    hidden = int(vision.width * vision.mlp_ratio)
+    blocks = _pooled_blocks(vision.layers, vision.num_patches + 1, vision.width, hidden)
+    return patches + blocks + 2 * vision.width * config.embed_dim, patches
+
+
+def text_flops(config: ClipConfig, length: int) -> int:
+    """Operations of the forward pass of one caption of `length` positions."""
+    text = config.text_cfg
+    blocks = _pooled_blocks(text.layers, length, text.width, int(text.width * text.mlp_ratio))
+    return blocks + 2 * text.width * config.embed_dim
+
+
+def _pooled_blocks(layers: int, positions: int, width: int, hidden: int) -> int:
+    """Blocks of which the last gives one position only."""
+    if layers == 0:
+        return 0
+    whole = _block(positions, positions, width, hidden)
+    return (layers - 1) * whole + _block(positions, 1, width, hidden)
+
+
+def _block(positions: int, rows: int, width: int, hidden: int) -> int:
+    """One block, of which `rows` positions are wanted."""
+    keys_values = 2 * 2 * positions * width * width
+    queries_and_output = 2 * 2 * rows * width * width
+    attention = 2 * 2 * rows * positions * width
+    mlp = 2 * 2 * rows * width * hidden
+    return keys_values + queries_and_output + attention + mlp
+
+
+def clip_work(model: CLIP) -> Callable[[Mapping[str, Any]], Work]:
+    """What one micro-batch costs this rank to train on; towers only, the loss is left out.
+
+    A tower of which nothing is trained has a forward pass only. Pixels want no gradient, so the patch embedding has no
+    backward pass towards them.
+    """
+    config = model.config
+    image_all, patches = vision_flops(config)
+    image = _with_backward(image_all, patches, model.vision_model)
+    trains_text = any(weight.requires_grad for weight in model.text_model.parameters())
+    positions = config.vision_cfg.num_patches + 1
+
+    def work(batch: Mapping[str, Any]) -> Work:
+        rows, length = batch["text"].shape
+        groups = [(rows, length)]
+        if model.text_model.groups > 1:
+            groups = length_groups((end_of_text(batch["text"]) + 1).tolist(), model.text_model.groups)
+        text = sum(count * text_flops(config, longest) for count, longest in groups)
+        text *= FORWARD_AND_BACKWARD if trains_text else 1
+        tokens = rows * positions + sum(count * longest for count, longest in groups)
+        return Work(tokens=tokens, flops=rows * image + text)
+
+    return work
+
+
+def _with_backward(forward: int, first: int, tower: Any) -> int:
+    trained = any(weight.requires_grad for weight in tower.parameters())
+    return FORWARD_AND_BACKWARD * forward - first if trained else forward

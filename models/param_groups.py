@@ -1,0 +1,82 @@
+"""Which of a CLIP's parameters learn how fast: a rate a tower, lower ones towards the input."""
+
+from __future__ import annotations
+
+from pydantic import Field
+
+from mmfoundry.models.clip import CLIP
+from mmfoundry.models.text import TextTower
+from mmfoundry.models.vision import VisionTower
+from mmfoundry.pipeline.config import Config
+from mmfoundry.pipeline.optimizers import ParamGroup, decay_groups
+
+JOINT = "joint"  # what belongs to no tower: temperature, bias
+
+
+class TowerRate(Config):
+    """How fast one tower and its projection learn."""
+
+    lr_scale: float = Field(1.0, gt=0, description="multiplies optimizer.lr")
+    layer_decay: float = Field(
+        1.0, gt=0, le=1, description="a block's rate over that of the block above it; 1: all blocks learn alike"
+    )
+
+
+class TowerRates(Config):
+    """How fast the towers learn, one against the other."""
+
+    image: TowerRate = Field(TowerRate(), description="vision tower and its projection")
+    text: TowerRate = Field(TowerRate(), description="text tower and its projection")
+
+
+def clip_param_groups(
+    model: CLIP, weight_decay: float, rates: TowerRates | None = None, hidden_apart: bool = False
+) -> list[ParamGroup]:
+    """The groups to train a CLIP with: norms, biases, positions, class token, temperature and bias are not decayed.
+
+    Layer decay counts as BEiT's (Bao et al. 2021, arXiv 2106.08254) and EVA-CLIP's do: the projection and the last norm
+    learn at the full rate, the top block at `layer_decay` times it, the embeddings, below all blocks, slowest.
+
+    Args:
+        model: frozen parameters are left out.
+        weight_decay: of what is decayed.
+        rates: None: everything at the same rate, in one or two groups.
+        hidden_apart: whether what is no hidden matrix (embeddings, patches, projections) gets groups of its own, with
+            `matrices` False: for optimizers that orthogonalise.
+    Returns:
+        As `decay_groups`; where rates differ, `part` says whose each group is.
+    """
+    rates = rates or TowerRates()
+    scale: dict[int, tuple[str, float]] = {}
+    scale |= _tower(model.vision_model, "image", rates.image)
+    scale |= _tower(model.text_model, "text", rates.text)
+    scale |= {id(model.visual_projection.weight): ("image", rates.image.lr_scale)}
+    scale |= {id(model.text_projection.weight): ("text", rates.text.lr_scale)}
+    uniform = rates == TowerRates()
+    blocks = (model.vision_model.encoder, model.text_model.encoder)
+    hidden = {id(weight) for encoder in blocks for weight in encoder.parameters()}
+
+    buckets: dict[tuple[str, float, bool], list[str]] = {}
+    named = dict(model.named_parameters())
+    for name, parameter in named.items():
+        part, lr_scale = (JOINT, 1.0) if uniform else scale.get(id(parameter), (JOINT, 1.0))
+        buckets.setdefault((part, lr_scale, not hidden_apart or id(parameter) in hidden), []).append(name)
+    no_decay = model.no_weight_decay()
+    groups = []
+    for (part, lr_scale, matrices), names in buckets.items():
+        for group in decay_groups(((n, named[n]) for n in names), weight_decay, no_decay & set(names), lr_scale):
+            more = {} if uniform else {"part": part}
+            groups.append(group | {"matrices": group["matrices"] and matrices} | more)
+    return groups
+
+
+def _tower(tower: VisionTower | TextTower, part: str, rate: TowerRate) -> dict[int, tuple[str, float]]:
+    """The rate of each of a tower's parameters, by id."""
+    top = len(tower.encoder.layers)
+    scale = {id(parameter): rate.lr_scale for parameter in tower.parameters()}
+    for depth, block in enumerate(tower.encoder.blocks()):
+        scale |= {id(parameter): rate.lr_scale * rate.layer_decay ** (top - depth) for parameter in block.parameters()}
+    below = [tower.embeddings, *([tower.pre_layrnorm] if isinstance(tower, VisionTower) else [])]
+    for module in below:
+        scale |= {id(parameter): rate.lr_scale * rate.layer_decay ** (top + 1) for parameter in module.parameters()}
+    return {key: (part, value) for key, value in scale.items()}
