@@ -32,7 +32,8 @@ from mmfoundry.pipeline.config import StageConfig
 from mmfoundry.pipeline.distributed import init_runtime
 from mmfoundry.pipeline.optimizers import OptimizerConfig, decay_groups
 from mmfoundry.pipeline.stage import RunContext, Stage, run_stage
-from mmfoundry.pipeline.trainer import TrainerConfig, to_device, train
+from mmfoundry.pipeline.trainer import to_device, train
+from mmfoundry.pipeline.trainer_config import TrainerConfig
 
 MODEL = ClipConfig(
     embed_dim=192,

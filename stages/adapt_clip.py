@@ -43,7 +43,8 @@ from mmfoundry.pipeline.distributed import barrier
 from mmfoundry.pipeline.errors import ConfigError
 from mmfoundry.pipeline.optimizers import decay_groups
 from mmfoundry.pipeline.stage import RunContext
-from mmfoundry.pipeline.trainer import TrainerConfig, train
+from mmfoundry.pipeline.trainer import train
+from mmfoundry.pipeline.trainer_config import TrainerConfig
 from mmfoundry.stages.eval import as_clip, write_examples
 from mmfoundry.stages.pretrain import data_metrics
 

@@ -27,7 +27,7 @@ from mmfoundry.pipeline.artifact import write_atomic
 from mmfoundry.pipeline.config import ArtifactRef, Config
 from mmfoundry.pipeline.distributed import barrier
 from mmfoundry.pipeline.stage import RunContext
-from mmfoundry.pipeline.trainer import TrainerConfig
+from mmfoundry.pipeline.trainer_config import TrainerConfig
 from mmfoundry.stages.answering import answerer
 from mmfoundry.stages.eval import write_examples
 from mmfoundry.stages.instruct import BLOCKS, QuestionsConfig, TuneConfig, tune

@@ -44,7 +44,8 @@ from mmfoundry.pipeline.artifact import Artifact
 from mmfoundry.pipeline.config import ArtifactRef, Config, StageConfig
 from mmfoundry.pipeline.optimizers import ParamGroup, decay_groups
 from mmfoundry.pipeline.stage import RunContext, Stage
-from mmfoundry.pipeline.trainer import TrainerConfig, TrainResult, train
+from mmfoundry.pipeline.trainer import TrainResult, train
+from mmfoundry.pipeline.trainer_config import TrainerConfig
 from mmfoundry.stages.pretrain import SKIP_LOG, DataSource, LoaderConfig, data_metrics, open_pools, sources_of
 
 BLOCKS = "model.language_model.layers"  # transformers' names, so that adapters load on the released model

@@ -32,7 +32,8 @@ from mmfoundry.pipeline.config import ArtifactRef, Config, Neutral, ShardsRef, S
 from mmfoundry.pipeline.errors import ConfigError
 from mmfoundry.pipeline.host_memory import keep_freed_memory
 from mmfoundry.pipeline.stage import RunContext, Stage
-from mmfoundry.pipeline.trainer import TrainerConfig, train
+from mmfoundry.pipeline.trainer import train
+from mmfoundry.pipeline.trainer_config import TrainerConfig
 from mmfoundry.stages.averages import SoupConfig, write_ema, write_soup
 
 SKIP_LOG = "skipped.jsonl"

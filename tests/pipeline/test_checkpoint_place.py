@@ -20,7 +20,7 @@ from mmfoundry.pipeline import checkpoint
 from mmfoundry.pipeline.config import parse
 from mmfoundry.pipeline.errors import ConfigError
 from mmfoundry.pipeline.tensor_file import TensorFile
-from mmfoundry.pipeline.trainer import TrainerConfig
+from mmfoundry.pipeline.trainer_config import TrainerConfig
 from tests.pipeline.tiny_training import train_tiny, trainer_config
 from tests.ranks import run_ranks
 

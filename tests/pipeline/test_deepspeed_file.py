@@ -12,7 +12,7 @@ import torch
 from mmfoundry.pipeline.config import ConfigError, parse
 from mmfoundry.pipeline.engine_config import EngineConfig, deepspeed_config, engines_in, zero_stage
 from mmfoundry.pipeline.errors import MissingInput
-from mmfoundry.pipeline.trainer import TrainerConfig
+from mmfoundry.pipeline.trainer_config import TrainerConfig
 from tests.pipeline.tiny_training import TinyConfig, train_tiny, trainer_config
 from tests.ranks import run_ranks
 

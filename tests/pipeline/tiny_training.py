@@ -20,7 +20,8 @@ from mmfoundry.pipeline.distributed import init_runtime, world_in
 from mmfoundry.pipeline.errors import MmfoundryError
 from mmfoundry.pipeline.metrics import read_metrics
 from mmfoundry.pipeline.stage import RunContext, Stage, run_stage
-from mmfoundry.pipeline.trainer import TrainerConfig, train
+from mmfoundry.pipeline.trainer import train
+from mmfoundry.pipeline.trainer_config import TrainerConfig
 
 VOCABULARY, WIDTH, LENGTH = 37, 6, 5
 
