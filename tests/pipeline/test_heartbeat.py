@@ -46,7 +46,8 @@ def test_a_stopped_rank_is_named(lost: int, tmp_path: Path) -> None:
     text, seconds = failure(tmp_path, "SIGSTOP", "5", str(lost))
     assert f"rank {lost} on " in text
     assert "does not answer: last heard of" in text
-    assert re.search(r"s ago at step [1-5], [a-z ]+; rank", text)  # steps are shorter than a second here
+    # a rank signs in every second, and steps may be shorter than that here
+    assert re.search(r"s ago at step [0-5], [a-z ]+; rank", text)
     assert f"rank {1 - lost} waits for it at step 6, " in text
     assert text.endswith("run again to go on from the last checkpoint")
     assert seconds < 240  # a collective would wait for 30 minutes
