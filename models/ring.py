@@ -15,7 +15,8 @@ from torch.distributed import ProcessGroup
 
 from mmfoundry.pipeline.distributed import rank_in, world_in
 
-TILE_ROWS = {"cpu": 1024, "cuda": 4096}  # sides of a tile of logits; measured by benchmarks/loss_memory.py
+# sides of a tile of logits: on a CPU by benchmarks/loss_memory.py; on a GPU a guess that nobody has measured yet
+TILE_ROWS = {"cpu": 1024, "cuda": 4096}
 
 
 class Ring:
