@@ -20,7 +20,7 @@ from mmfoundry.data.derived.base import DERIVATIONS, sources_of
 from mmfoundry.data.filters.account import IDENTITY_READ, Account, Judgement, account_of, judgement_of
 from mmfoundry.data.filters.base import Filter, PoolFilter
 from mmfoundry.data.filters.examples import candidates_of
-from mmfoundry.data.filters.passes import Standing, columns_of, take_turns
+from mmfoundry.data.filters.passes import EVERY_ROW, Standing, columns_of, take_turns
 from mmfoundry.data.filters.plan import Plan, Step, Turn, plan_of, uid_operation
 from mmfoundry.data.filters.subset import to_subset
 from mmfoundry.data.parts import Part
@@ -192,9 +192,9 @@ def _found(plan: Plan, turns: Sequence[Turn], standing: Standing, height: int, p
         reached = standing.reached(plan, turn.operation)
         key = plan.reach_key(turn.operation, pool)
         for (_, rows_key), values in standing.derived.items():
-            if rows_key == key:
+            if rows_key in (key, EVERY_ROW):
                 for series in values:
-                    whole = _on_all_rows(series, reached, height)
+                    whole = _on_all_rows(series, None if rows_key == EVERY_ROW else reached, height)
                     before = columns.get(series.name, whole)
                     columns[series.name] = pl.select(pl.coalesce(before, whole)).to_series()
     return pl.DataFrame(columns)

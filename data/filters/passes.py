@@ -8,9 +8,10 @@ from dataclasses import dataclass, field
 import polars as pl
 
 from mmfoundry.data.derived.base import DERIVATIONS, Derivation, derive, sources_of
-from mmfoundry.data.filters.base import PoolFilter
+from mmfoundry.data.filters.base import Filter, PoolFilter
 from mmfoundry.data.filters.plan import Plan, Step, Turn, plan_of
 
+EVERY_ROW = "every row"  # in place of a reach key
 States = Mapping[int, Sequence[pl.DataFrame]]  # by operation, one a round that is over
 
 
@@ -72,11 +73,17 @@ def take_turns(
         foregone = one.foregone(states.get(number, [])) if isinstance(one, PoolFilter) and turn.round is None else None
         if foregone is not None:
             everywhere = pl.Series("keep", [foregone]).new_from_index(0, table.height)
-            nowhere = pl.Series("keep", [None], dtype=pl.Boolean)
-            standing.verdicts[number] = everywhere if reached is None else everywhere.zip_with(reached, nowhere)
+            standing.verdicts[number] = _where(reached, everywhere)
             continue
-        rows = table if reached is None else table.filter(reached)
-        rows = _with_derived(rows, one.columns(), standing, reach_key(number))
+        names = _derivations_for(one.columns())
+        if type(one).keep is Filter.keep and not any(DERIVATIONS[name].dear for name in names):
+            # an expression over columns that cost little: sooner told of all rows than of some that are picked out
+            table = _with_derived(table, names, standing, EVERY_ROW)
+            standing.verdicts[number] = _where(reached, one.keep(table)).rename("keep")
+            continue
+        needed = sources_of(one.columns()) | ({"uid"} if one.needs_uid else frozenset())
+        rows = table.select([name for name in table.columns if name in needed | one.columns()] or table.columns[:1])
+        rows = _with_derived(rows if reached is None else rows.filter(reached), names, standing, reach_key(number))
         if turn.round is not None:
             assert isinstance(one, PoolFilter)
             partials.append(one.partial(rows, states.get(number, [])))
@@ -91,9 +98,14 @@ def take_turns(
         standing.verdicts[number] = verdict.rename("keep")
 
 
-def _with_derived(rows: pl.DataFrame, columns: frozenset[str], standing: Standing, key: str) -> pl.DataFrame:
-    """The rows with these columns; what an earlier operation on the same rows had derived is taken from there."""
-    for name in _derivations_for(columns):
+def _where(reached: pl.Series | None, verdict: pl.Series) -> pl.Series:
+    """A verdict on all rows, made null for those that are not reached."""
+    return verdict if reached is None else verdict.zip_with(reached, pl.Series("keep", [None], dtype=pl.Boolean))
+
+
+def _with_derived(rows: pl.DataFrame, names: Sequence[str], standing: Standing, key: str) -> pl.DataFrame:
+    """The rows with the columns of derivations; what was derived of the same rows before is taken from there."""
+    for name in names:
         made = standing.derived.get((name, key))
         if made is None:
             maker = DERIVATIONS[name]
@@ -101,7 +113,7 @@ def _with_derived(rows: pl.DataFrame, columns: frozenset[str], standing: Standin
             rows = derive(rows, maker.makes)
             standing.derived[name, key] = rows.select([each for each in maker.makes if each not in before])
         else:
-            rows = rows.with_columns(made.get_columns())
+            rows = rows.with_columns([series for series in made.get_columns() if series.name not in rows.columns])
     return rows
 
 
