@@ -32,7 +32,7 @@ def report(artifact: Artifact, name: str) -> StageReport:
 
 
 def curves(artifact: Artifact) -> Markup:
-    """One row of charts for each phase; points stand at their step."""
+    """Charts for each phase, those of parts folded away; points stand at their step."""
     path = artifact.path / METRICS_FILE
     if not path.is_file():
         return tag("p", "No curves: nothing was logged while training.")
@@ -42,10 +42,19 @@ def curves(artifact: Artifact) -> Markup:
     blocks = []
     for phase, lines in phases.items():
         names = sorted({key for line in lines for key in line} - {"phase", "step"}, key=_order)
-        charts = [chart for each in names if (chart := _chart(each, lines)) is not None]
+        charts = {each: chart for each in names if (chart := _chart(each, lines)) is not None}
         heading = tag("h3", f"{phase}, {lines[-1]['step']:,} steps") if len(phases) > 1 else None
-        blocks.append(join([heading, tag("div", charts, class_="charts")]))
+        main = [chart for each, chart in charts.items() if not _is_part(each)]
+        parts = [chart for each, chart in charts.items() if _is_part(each)]
+        blocks.append(join([heading, tag("div", main, class_="charts")]))
+        if parts:
+            blocks.append(details("by part of the model, and by source", tag("div", parts, class_="charts")))
     return join(blocks)
+
+
+def _is_part(name: str) -> bool:
+    """Whether a curve is one of several of a kind, such as `param_norm/text_model`; evaluations are looked at first."""
+    return "/" in name and not name.startswith("eval/")
 
 
 def _order(name: str) -> tuple[int, str]:

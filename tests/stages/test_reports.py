@@ -53,6 +53,7 @@ def made(stage: str, output: Path, fill: Callable[[RunContext], None], **metrics
 def train(context: RunContext) -> None:
     for step in range(1, 41):
         context.log.scalars(step, {"loss": 5 / step, "lr": 1e-3}, phase="align")
+        context.log.scalars(step, {"param_norm/text_model": step, "eval/recall": 1 / step}, phase="align")
         context.log.scalars(step, {"loss": 4 / step, "odd_one": step}, phase="tune")
 
 
@@ -126,6 +127,8 @@ def test_every_stage_has_its_part(run_folder: Path) -> None:
     assert "damaged image" in text or "unknown image format" in text
     assert text.count('class="chart"') >= 8  # two phases of two curves, in two stages, and those of adapt
     assert "odd one" in text
+    folded = text.index("by part of the model, and by source")
+    assert text.index("eval/recall") < folded < text.index("param norm/text model"), "evaluations are not folded away"
     assert "image_to_text_r5" in text
     assert "+10.0 points [+2.0, +20.0]" in text
     assert "import open_clip  # &lt;here&gt;" in text
