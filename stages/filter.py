@@ -102,6 +102,9 @@ class FilterConfig(ScoringConfig, StageConfig):
     num_workers: Annotated[int | None, Neutral()] = Field(
         None, ge=1, description="parts at a time, a rank; null: one a core (one for a small pool), or the whole cluster"
     )
+    index_dir: Annotated[str | None, Neutral()] = Field(
+        None, description="folder of the shards' indexes, where theirs is read-only or remote; null: beside each shard"
+    )
     cache_dir: Annotated[str | None, Neutral()] = Field(
         None, description="folder for what is dear to find out, so that a changed filter finds it; null: OUTPUT.cache"
     )
@@ -139,7 +142,13 @@ class FilterConfig(ScoringConfig, StageConfig):
 
     def new_shards(self) -> ReshardOptions:
         """How kept samples go into new shards."""
-        return ReshardOptions(self.max_shard_samples, self.max_shard_bytes, self.max_unreadable)
+        return ReshardOptions(
+            self.max_shard_samples, self.max_shard_bytes, self.max_unreadable, index_dir=self.index_folder()
+        )
+
+    def index_folder(self) -> Path | None:
+        """Where indexes lie."""
+        return Path(self.index_dir) if self.index_dir else None
 
     def outputs(self) -> frozenset[str]:
         """The columns of `kept/`, besides those that filters read."""
@@ -169,7 +178,7 @@ def run(config: FilterConfig, context: RunContext) -> Artifact:
 
 
 def _on_tars(config: FilterConfig, context: RunContext) -> Artifact:
-    pool = Pool(context.shards("pool"), name=config.pool)
+    pool = Pool(context.shards("pool"), name=config.pool, index_dir=config.index_folder())
     cache, began = _cache(config, context)
     steps = steps_of(config.tree())
     columns = _columns_of_tars(config)
@@ -177,7 +186,7 @@ def _on_tars(config: FilterConfig, context: RunContext) -> Artifact:
     unreadable = Unreadable(config.pool, len(pool) + damaged.total(), config.max_unreadable)
     unreadable.add(damaged)
     with workers_for(context, config.executor, config.num_workers, config.ray_address, len(pool)) as workers:
-        request = Request(columns - ALWAYS_THERE, config.limits())
+        request = Request(columns - ALWAYS_THERE, config.limits(), config.index_folder())
         parts = describe_shards(pool, request, cache, workers, unreadable)
         if config.scored():
             before = [] if config.alone else _before(steps, config.scored())
@@ -349,7 +358,7 @@ def _kept_rows(kept: Path, parts: int, faces: bool) -> pl.DataFrame:
 
 def _reshard_by_uid(config: FilterConfig, context: RunContext, workers: Workers) -> None:
     """New shards from tars beside the metadata, by the uids that are kept."""
-    pool = Pool(context.shards("shards"), name=config.shards or "")
+    pool = Pool(context.shards("shards"), name=config.shards or "", index_dir=config.index_folder())
     options = dataclasses.replace(config.new_shards(), faces=context.work / "kept" if config.blur_faces else None)
     found = reshard(pool, context.work / "subset.npy", context.work / "shards", workers.executor, options)
     context.log.say(

@@ -236,6 +236,18 @@ def test_models_look_only_at_what_is_left(tmp_path: Path) -> None:
     assert (scored("every"), scored("left")) == (60, 30)
 
 
+def test_indexes_can_lie_elsewhere(tmp_path: Path) -> None:
+    pool = make_pool(tmp_path / "pool")
+    expected = payload(run(pool, tmp_path / "beside"))
+    for shard in pool.glob("*.tar"):
+        drop_index(shard)
+    before = sorted(path.name for path in pool.iterdir())
+    made = run(pool, tmp_path / "elsewhere", index_dir=str(tmp_path / "indexes"), num_workers=2)
+    assert payload(made) == expected
+    assert sorted(path.name for path in pool.iterdir()) == before
+    assert len(list((tmp_path / "indexes").iterdir())) == 3
+
+
 def test_scores_need_a_model(tmp_path: Path) -> None:
     with pytest.raises(UnknownColumn, match=r"b32_img, which takes a model: give scorers\.b32"):
         run(
