@@ -76,8 +76,8 @@ class PoolFilter(Filter):
 
     @property
     def scope(self) -> Literal["row", "pool"]:
-        """Rows are looked at together."""
-        return "pool"
+        """A filter that needs no round, as some do with some parameters, judges rows by themselves."""
+        return "pool" if self.num_rounds else "row"
 
     def columns(self) -> frozenset[str]:
         """The columns that `partial` and `judge` read."""

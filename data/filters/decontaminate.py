@@ -8,12 +8,11 @@ import polars as pl
 from pydantic import Field, field_validator, model_validator
 
 from mmfoundry.data.clusters import faiss_library
-from mmfoundry.data.columns import COLUMNS, column_named
 from mmfoundry.data.eval_sets import eval_column, eval_files
 from mmfoundry.data.filters.base import FILTERS, Filter
+from mmfoundry.data.filters.parameters import embedding_column
 from mmfoundry.data.filters.semantic import unit_vectors
-from mmfoundry.pipeline.errors import DamagedInput, UnknownColumn
-from mmfoundry.pipeline.registry import unknown
+from mmfoundry.pipeline.errors import DamagedInput
 
 
 @FILTERS.register("decontaminate")
@@ -45,10 +44,7 @@ class Decontaminate(Filter):
     @field_validator("embedding")
     @classmethod
     def _known(cls, name: str) -> str:
-        column = column_named(name)
-        if column is None or not isinstance(column.dtype, pl.List) or column.needs != "model":
-            raise UnknownColumn(unknown("column of embeddings", name, [*COLUMNS, "b32_img", "l14_img"]))
-        return name
+        return embedding_column(name)
 
     @model_validator(mode="after")
     def _some_test(self) -> "Decontaminate":

@@ -3,17 +3,14 @@
 from collections.abc import Sequence
 from functools import lru_cache
 from pathlib import Path
-from typing import Literal
 
 import numpy as np
 import polars as pl
 from pydantic import Field, field_validator
 
 from mmfoundry.data.clusters import KMeans, assign, matrix_of, nearest, read_matrix
-from mmfoundry.data.columns import COLUMNS, column_named
 from mmfoundry.data.filters.base import FILTERS, PoolFilter
-from mmfoundry.pipeline.errors import UnknownColumn
-from mmfoundry.pipeline.registry import unknown
+from mmfoundry.data.filters.parameters import embedding_column
 
 
 @FILTERS.register("image_based")
@@ -46,11 +43,6 @@ class ImageBased(PoolFilter):
         return embedding_column(name)
 
     @property
-    def scope(self) -> Literal["row", "pool"]:
-        """With given centroids each row is judged by itself."""
-        return "pool" if self.centroids is None else "row"
-
-    @property
     def num_rounds(self) -> int:  # type: ignore[override]
         """Those of the training."""
         return KMeans.num_rounds if self.centroids is None else 0
@@ -75,10 +67,6 @@ class ImageBased(PoolFilter):
         centroids = matrix_of(state["centroid"])
         return state.with_columns(hit=pl.Series(_hits(self.reference, centroids)))
 
-    def keep(self, table: pl.DataFrame) -> pl.Series:
-        """True in a cluster that the reference set hits; null without an embedding."""
-        return super().keep(table) if self.centroids is None else self.judge(table, [], [])
-
     def judge(self, table: pl.DataFrame, states: Sequence[pl.DataFrame], partials: Sequence[pl.DataFrame]) -> pl.Series:
         """True in a cluster that the reference set hits; null without an embedding."""
         if not table.height:
@@ -93,21 +81,6 @@ class ImageBased(PoolFilter):
 
     def _training(self) -> KMeans:
         return KMeans(self.embedding, self.num_clusters, self.iterations, self.max_points, self.seed)
-
-
-def embedding_column(name: str) -> str:
-    """The name, if a column of that name holds embeddings.
-
-    Raises:
-        UnknownColumn: there is none; the nearest name is given.
-        ValueError: it holds something else.
-    """
-    column = column_named(name)
-    if column is None:
-        raise UnknownColumn(unknown("column", name, list(COLUMNS)))
-    if column.dtype != pl.List(pl.Float32):
-        raise ValueError(f"{name} is a {column.dtype}, not an embedding; those are SCORER_img and SCORER_txt")
-    return name
 
 
 @lru_cache(maxsize=2)

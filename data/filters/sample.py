@@ -5,20 +5,15 @@ one of the same seed.
 """
 
 from collections.abc import Sequence
-from typing import Literal
 
 import numpy as np
 import polars as pl
 from pydantic import Field, field_validator, model_validator
 
 from mmfoundry.data.clusters import KMeans, assign, matrix_of
-from mmfoundry.data.columns import COLUMNS, column_named
 from mmfoundry.data.filters.base import FILTERS, PoolFilter
+from mmfoundry.data.filters.parameters import EMBEDDING, type_of
 from mmfoundry.data.uids import high_low, mixed
-from mmfoundry.pipeline.errors import UnknownColumn
-from mmfoundry.pipeline.registry import unknown
-
-_EMBEDDING = pl.List(pl.Float32)
 
 
 @FILTERS.register("sample")
@@ -34,11 +29,6 @@ class Drawn(PoolFilter):
         if (self.fraction is None) == (self.count is None):
             raise ValueError("give either fraction or count")
         return self
-
-    @property
-    def scope(self) -> Literal["row", "pool"]:
-        """A probability judges samples by themselves, a number all together."""
-        return "row" if self.count is None else "pool"
 
     @property
     def num_rounds(self) -> int:  # type: ignore[override]
@@ -59,10 +49,6 @@ class Drawn(PoolFilter):
         assert self.count is not None
         lowest = pl.concat(partials).unique().bottom_k(self.count, by="draw").collect(engine="streaming")
         return lowest.select(pl.col("draw").max()).drop_nulls()
-
-    def keep(self, table: pl.DataFrame) -> pl.Series:
-        """True for the samples that are drawn."""
-        return super().keep(table) if self.count is not None else self.judge(table, [], [])
 
     def judge(self, table: pl.DataFrame, states: Sequence[pl.DataFrame], partials: Sequence[pl.DataFrame]) -> pl.Series:
         """True for the samples that are drawn."""
@@ -90,11 +76,9 @@ class CapPerCluster(PoolFilter):
     @field_validator("column")
     @classmethod
     def _known(cls, column: str) -> str:
-        found = column_named(column)
-        if found is None:
-            raise UnknownColumn(unknown("column", column, list(COLUMNS)))
-        if found.dtype.is_nested() and found.dtype != _EMBEDDING:
-            raise ValueError(f"{column} is a {found.dtype} and makes no clusters")
+        dtype = type_of(column)
+        if dtype.is_nested() and dtype != EMBEDDING:
+            raise ValueError(f"{column} is a {dtype} and makes no clusters")
         return column
 
     @property
@@ -103,8 +87,7 @@ class CapPerCluster(PoolFilter):
         return 1 + self._training_rounds()
 
     def _training_rounds(self) -> int:
-        column = column_named(self.column)
-        return KMeans.num_rounds if column is not None and column.dtype == _EMBEDDING else 0
+        return KMeans.num_rounds if type_of(self.column) == EMBEDDING else 0
 
     def _training(self) -> KMeans:
         return KMeans(self.column, self.num_clusters, self.iterations, self.max_points, self.seed)

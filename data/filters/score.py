@@ -1,13 +1,13 @@
 """`clip_score`: does the caption fit the image, by a CLIP that somebody trained."""
 
 from collections.abc import Sequence
-from typing import Literal
 
 import polars as pl
 from pydantic import Field, field_validator, model_validator
 
 from mmfoundry.data.filters.base import FILTERS
-from mmfoundry.data.filters.top import Highest, numeric_column
+from mmfoundry.data.filters.parameters import numeric_column
+from mmfoundry.data.filters.top import Highest
 
 
 @FILTERS.register("clip_score")
@@ -45,11 +45,6 @@ class ClipScore(Highest):
         return self.column or f"clip_{self.model}_similarity_score"
 
     @property
-    def scope(self) -> Literal["row", "pool"]:
-        """A threshold judges rows by themselves, a fraction all together."""
-        return "row" if self.top is None else "pool"
-
-    @property
     def num_rounds(self) -> int:  # type: ignore[override]
         """A threshold needs none."""
         return 0 if self.top is None else 2
@@ -66,10 +61,6 @@ class ClipScore(Highest):
         """DataComp's."""
         assert self.top is not None  # a threshold has no place
         return int(num_rows * self.top)
-
-    def keep(self, table: pl.DataFrame) -> pl.Series:
-        """True from the threshold up; null where there is no score."""
-        return super().keep(table) if self.top is not None else self.judge(table, [], [])
 
     def judge(self, table: pl.DataFrame, states: Sequence[pl.DataFrame], partials: Sequence[pl.DataFrame]) -> pl.Series:
         """True from the threshold up; null where there is no score."""

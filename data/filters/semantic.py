@@ -9,12 +9,11 @@ import polars as pl
 from pydantic import Field, field_validator
 
 from mmfoundry.data.clusters import faiss_library, matrix_of
-from mmfoundry.data.columns import COLUMNS, column_named
 from mmfoundry.data.filters.base import FILTERS, PoolFilter
 from mmfoundry.data.filters.near_duplicate import not_among
+from mmfoundry.data.filters.parameters import embedding_column
 from mmfoundry.data.uids import high_low, mixed
-from mmfoundry.pipeline.errors import MmfoundryError, UnknownColumn
-from mmfoundry.pipeline.registry import unknown
+from mmfoundry.pipeline.errors import MmfoundryError
 
 _ROWS_A_BLOCK = 1024  # of a cluster, compared at once with those before them
 _SAMPLES_A_CLUSTER = 8_800  # SemDeDup: 440M samples in 50,000 clusters
@@ -47,10 +46,7 @@ class SemanticDuplicate(PoolFilter):
     @field_validator("embedding")
     @classmethod
     def _known(cls, name: str) -> str:
-        column = column_named(name)
-        if column is None or not isinstance(column.dtype, pl.List) or column.needs != "model":
-            raise UnknownColumn(unknown("column of embeddings", name, [*COLUMNS, "b32_img", "l14_img"]))
-        return name
+        return embedding_column(name)
 
     def columns(self) -> frozenset[str]:
         """The embeddings."""

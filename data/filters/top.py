@@ -11,10 +11,8 @@ import numpy as np
 import polars as pl
 from pydantic import Field, field_validator, model_validator
 
-from mmfoundry.data.columns import COLUMNS, JSON_PREFIX, column_named
 from mmfoundry.data.filters.base import FILTERS, PoolFilter
-from mmfoundry.pipeline.errors import UnknownColumn
-from mmfoundry.pipeline.registry import unknown
+from mmfoundry.data.filters.parameters import numeric_column
 
 _LEADING = 22  # bits: sign, exponent and ten of the fraction of a float64
 
@@ -113,21 +111,6 @@ class Top(Highest):
             return int(num_rows * self.fraction)
         assert self.count is not None  # the validator saw to it
         return self.count - 1 if self.count <= num_values else num_rows
-
-
-def numeric_column(name: str) -> str:
-    """The name, if there is such a column and it holds numbers.
-
-    Raises:
-        UnknownColumn: there is none; the nearest name is given.
-        ValueError: it holds something else.
-    """
-    column = column_named(name)
-    if column is None:
-        raise UnknownColumn(unknown("column", name, list(COLUMNS)))
-    if not (column.dtype.is_numeric() or name.startswith(JSON_PREFIX)):
-        raise ValueError(f"{name} is a {column.dtype}, not a number")
-    return name
 
 
 def _leading_bits(values: pl.Series) -> pl.Series:
