@@ -9,9 +9,10 @@ import hashlib
 import json
 from collections import Counter
 from collections.abc import Sequence
-from dataclasses import dataclass
-from functools import lru_cache
+from dataclasses import dataclass, fields
+from functools import cached_property, lru_cache
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import polars as pl
@@ -26,7 +27,7 @@ from mmfoundry.data.filters.subset import to_subset
 from mmfoundry.data.parts import Part
 from mmfoundry.data.shard_names import Shard
 from mmfoundry.data.table import Request, describe_shard, write_parquet
-from mmfoundry.data.table_cache import TableCache
+from mmfoundry.data.table_cache import TableCache, key_of
 from mmfoundry.data.uids import high_low
 
 REPEATED = {"uid": pl.String(), "captions": pl.String()}
@@ -62,12 +63,9 @@ def describe(job: DescribeJob) -> tuple[Counter[str], str]:
     return Counter(bad["unreadable"].to_list()), str(bad["key"][0]) if bad.height else ""
 
 
-_plans: dict[str, Plan] = {}  # the last one
-
-
 @dataclass(frozen=True)
 class Judging:
-    """What all jobs of one run share; the plan and its keys are made once in each process.
+    """What all jobs of one run share; the plan is made once, and anew in a process that a job is sent to.
 
     Attributes:
         steps: names and filters, in sequence.
@@ -83,29 +81,28 @@ class Judging:
     cache: TableCache
     unique: bool = False
 
+    def __getstate__(self) -> dict[str, Any]:
+        return {field.name: getattr(self, field.name) for field in fields(self)}
+
+    @cached_property
     def plan(self) -> Plan:
         """What there is to do."""
-        said = repr((self.steps, self.alone, self.unique))
-        if said not in _plans:
-            _plans.clear()
-            _plans[said] = plan_of(self.steps, self.alone, self.unique)
-        return _plans[said]
+        return plan_of(self.steps, self.alone, self.unique)
 
     def is_unique(self) -> bool:
         """Whether no uid comes twice; known after the first pass."""
-        plan = self.plan()
+        plan = self.plan
         return not _state(self.state_path(plan, Turn(uid_operation(plan), 0))).height
 
+    @cached_property
     def key(self) -> str:
         """What all verdicts depend on besides the part."""
-        plan = self.plan()
-        keys = [plan.key(number, self.pool) for number in range(len(plan.operations))]
-        said = "\n".join([self.pool, str(self.alone), str(self.unique), *keys])
-        return hashlib.sha256(said.encode()).hexdigest()[:32]
+        keys = (self.plan.key(number, self.pool) for number in range(len(self.plan.operations)))
+        return key_of(self.pool, self.alone, self.unique, *keys)
 
     def verdicts_path(self, number: int, part: Part) -> Path:
         """What pass `number` found of a part: verdicts as "v0", "v1" ... by operation, and derived columns."""
-        return self.cache.path("verdicts", f"{self.key()}-{number}", part.identity)
+        return self.cache.path("verdicts", f"{self.key}-{number}", part.identity)
 
     def partial_path(self, plan: Plan, turn: Turn, part: Part) -> Path:
         """A part's partial of one round."""
@@ -117,11 +114,10 @@ class Judging:
 
 
 @dataclass(frozen=True)
-class PassJob:
-    """Take the turns of one pass on one part."""
+class PartJob:
+    """Something to do with one part of the pool."""
 
     judging: Judging
-    number: int
     part: Part
 
     @property
@@ -130,10 +126,17 @@ class PassJob:
         return self.part.name
 
 
+@dataclass(frozen=True)
+class PassJob(PartJob):
+    """Take the turns of pass `number` on one part."""
+
+    number: int
+
+
 def take_pass(job: PassJob) -> None:
     """Write the part's partials, verdicts and derived columns of the pass."""
     judging, part, cache = job.judging, job.part, job.judging.cache
-    plan = judging.plan()
+    plan = judging.plan
     passes = plan.passes()
     turns = [
         turn
@@ -218,62 +221,39 @@ def standing_before(judging: Judging, plan: Plan, number: int, part: Part) -> St
     return standing
 
 
-@dataclass(frozen=True)
-class MergeJob:
-    """Make one state of all parts' partials."""
-
-    judging: Judging
-    turn: Turn
-    parts: tuple[Part, ...]
-
-    @property
-    def name(self) -> str:
-        """The filter."""
-        plan = self.judging.plan()
-        return f"the merge of {type(plan.operations[self.turn.operation].filter).__name__}"
-
-
-def merge(job: MergeJob) -> None:
-    """Write the state after a round."""
-    judging, cache = job.judging, job.judging.cache
-    plan = judging.plan()
-    place = judging.state_path(plan, job.turn)
+def merge(judging: Judging, turn: Turn, parts: Sequence[Part]) -> None:
+    """Make one state of all parts' partials of a round."""
+    cache, plan = judging.cache, judging.plan
+    place = judging.state_path(plan, turn)
     if cache.has(place):
         return
-    one: Filter = plan.operations[job.turn.operation].filter
+    one: Filter = plan.operations[turn.operation].filter
     assert isinstance(one, PoolFilter)
-    assert job.turn.round is not None
-    earlier = [_state(judging.state_path(plan, Turn(job.turn.operation, number))) for number in range(job.turn.round)]
-    partials = [pl.scan_parquet(judging.partial_path(plan, job.turn, part), glob=False) for part in job.parts]
+    assert turn.round is not None
+    earlier = [_state(judging.state_path(plan, Turn(turn.operation, number))) for number in range(turn.round)]
+    partials = [pl.scan_parquet(judging.partial_path(plan, turn, part), glob=False) for part in parts]
     cache.put(place, one.merge(partials, earlier))
 
 
 @dataclass(frozen=True)
-class KeptJob:
+class KeptJob(PartJob):
     """Write which rows of a part pass all steps, as a boolean column "keep"."""
 
-    judging: Judging
-    part: Part
     output: Path
-
-    @property
-    def name(self) -> str:
-        """The file that the part is of."""
-        return self.part.name
 
 
 def write_kept(job: KeptJob) -> None:
     """Write the column; what models compute is computed of these rows alone."""
     if job.judging.cache.has(job.output):
         return
-    plan = job.judging.plan()
+    plan = job.judging.plan
     standing = standing_before(job.judging, plan, len(plan.passes()), job.part)
     judgement = judgement_of(plan, job.part.read(IDENTITY_READ), standing)
     job.judging.cache.put(job.output, judgement.pairs.select("keep"))
 
 
 @dataclass(frozen=True)
-class AccountJob:
+class AccountJob(PartJob):
     """Count what became of one part, and write its kept and dropped rows.
 
     Attributes:
@@ -283,18 +263,11 @@ class AccountJob:
         with_judgement: whether truth is to be told; then the whole judgement comes back.
     """
 
-    judging: Judging
-    part: Part
     outputs: Path | None
     columns: tuple[str, ...]
     examples: int
     seed: int
     with_judgement: bool
-
-    @property
-    def name(self) -> str:
-        """The file that the part is of."""
-        return self.part.name
 
 
 @dataclass(frozen=True)
@@ -319,7 +292,7 @@ class Counted:
 def count(job: AccountJob) -> Counted:
     """Write `kept/NNNNN.parquet` and `dropped/NNNNN.parquet` of a part, if that is wanted, and count it."""
     judging, part = job.judging, job.part
-    plan = judging.plan()
+    plan = judging.plan
     standing = standing_before(judging, plan, len(plan.passes()), part)
     table = part.read(IDENTITY_READ)
     judgement = judgement_of(plan, table, standing)

@@ -7,7 +7,6 @@ DataComp's metadata (Gadre et al. 2023, arXiv 2304.14108, appendix) is parquet w
 
 from __future__ import annotations
 
-import hashlib
 import zipfile
 from abc import ABC, abstractmethod
 from collections.abc import Collection, Sequence
@@ -18,6 +17,7 @@ import numpy as np
 import polars as pl
 
 from mmfoundry.data.columns import IDENTITY, JSON_PREFIX, column_named
+from mmfoundry.data.table_cache import key_of
 from mmfoundry.pipeline.errors import DamagedInput, MissingInput, UnknownColumn
 
 MAX_ROWS = 200_000  # of a metadata file that are one part, so that no worker holds more at once
@@ -173,8 +173,7 @@ def metadata_parts(files: Sequence[Path], columns: Collection[str]) -> tuple[lis
         _require(path, known, columns)
         state = path.stat()
         for start in range(0, rows, MAX_ROWS):
-            said = f"{path.name}:{state.st_size}:{state.st_mtime_ns}:{start}"
-            identity = hashlib.sha256(said.encode()).hexdigest()[:32]
+            identity = key_of(path.name, state.st_size, state.st_mtime_ns, start)
             parts.append(MetadataPart(len(parts), path.name, identity, path, start, min(MAX_ROWS, rows - start)))
     if not parts:
         why = f" ({next(iter(damaged.values()))})" if damaged else ""

@@ -87,6 +87,11 @@ class TableCache:
         return left
 
 
+def key_of(*said: object) -> str:
+    """A name for what follows from these values: 32 hex digits, equal for values that are written alike."""
+    return hashlib.sha256("\n".join(map(str, said)).encode()).hexdigest()[:32]
+
+
 def _write(path: Path, data: bytes) -> None:
     """Write a file whole, but without waiting for the disk: what a power cut takes does not agree with its digest.
 

@@ -44,7 +44,6 @@ from mmfoundry.stages.filter_passes import (
     Workers,
     count_parts,
     describe_shards,
-    mean_rows,
     pool_digest,
     repeated_uids,
     run_passes,
@@ -212,7 +211,7 @@ def _on_metadata(config: FilterConfig, context: RunContext, files: Sequence[Path
     steps = steps_of(config.tree())
     parts, broken = metadata_parts(files, sources_of(config.tree().columns() | config.outputs()))
     rows = [part.count for part in parts]
-    lost = mean_rows([sum(rows) // max(len(files) - len(broken), 1)])
+    lost = sum(rows) // max(len(files) - len(broken), 1)  # a broken file counts as the others do on average
     damaged = Counter({"metadata file cannot be read": lost * len(broken)}) if broken else Counter()
     unreadable = Unreadable(config.pool, sum(rows) + damaged.total(), config.max_unreadable)
     unreadable.add(damaged, f"{next(iter(broken))}: {next(iter(broken.values()))}" if broken else "")

@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-import hashlib
-import math
 import os
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
@@ -23,7 +21,6 @@ from mmfoundry.data.filter_jobs import (
     DescribeJob,
     Judging,
     KeptJob,
-    MergeJob,
     PassJob,
     count,
     describe,
@@ -38,7 +35,7 @@ from mmfoundry.data.parts import Part, TablePart
 from mmfoundry.data.reader import Pool
 from mmfoundry.data.shard_names import shown
 from mmfoundry.data.table import Request
-from mmfoundry.data.table_cache import TableCache
+from mmfoundry.data.table_cache import TableCache, key_of
 from mmfoundry.pipeline.distributed import barrier
 from mmfoundry.pipeline.errors import TooManyUnreadable
 from mmfoundry.pipeline.stage import RunContext
@@ -139,7 +136,7 @@ def describe_shards(
     Raises:
         TooManyUnreadable: past the limit, as soon as that is certain.
     """
-    key = _digest("table", sorted(request.columns), dataclasses.astuple(request.limits))
+    key = key_of("table", sorted(request.columns), dataclasses.astuple(request.limits))
     jobs = []
     for number, index in enumerate(pool.indexes):
         identity = _identity(index)
@@ -160,7 +157,7 @@ def describe_shards(
         if number not in counted:
             found, example = describe(job)
             unreadable.add(found, f"{example} in {job.name}" if example else "")
-    return [TablePart(job.number, job.name, _digest(key, job.table.stem), (job.table,)) for job in jobs]
+    return [TablePart(job.number, job.name, key_of(key, job.table.stem), (job.table,)) for job in jobs]
 
 
 def score_shards(
@@ -190,7 +187,7 @@ def score_shards(
     before_key = ""
     if before:
         judging = Judging(tuple(before), False, pool_digest(parts), cache)
-        before_key = judging.key()
+        before_key = judging.key
         judging = run_passes(judging, parts, workers)
         places = [cache.path("kept", before_key, part.identity) for part in parts]
         workers.map(write_kept, [KeptJob(judging, part, place) for part, place in zip(parts, places, strict=True)])
@@ -199,13 +196,13 @@ def score_shards(
         name: path for name, path in context.inputs.items() if name.partition(".")[0] in ScoringConfig.model_fields
     }
     used = scoring.model_dump_json(exclude={"decode_threads"})
-    key = _digest(
+    key = key_of(
         "scores", before_key, sorted(columns), used, *(f"{n}={context.records[n].digest}" for n in sorted(models))
     )
     jobs, made = [], []
     for part in parts:
-        output = cache.path("scores", _digest(key, part.identity), "scores")
-        made.append(dataclasses.replace(part, identity=_digest(key, part.identity), tables=(*part.tables, output)))
+        output = cache.path("scores", key_of(key, part.identity), "scores")
+        made.append(dataclasses.replace(part, identity=key_of(key, part.identity), tables=(*part.tables, output)))
         index = pool.indexes[part.number]
         job = ScoreJob(
             shard=index.shard,
@@ -247,16 +244,12 @@ def _identity(index: ShardIndex) -> str:
     """Tells a shard by its name, size, and time or version; not by its folder."""
     shard = index.shard
     version = shard.stat().st_mtime_ns if isinstance(shard, Path) else f"{shown(shard)} {index.identity}"
-    return _digest(shard.name, index.shard_bytes, version)
-
-
-def _digest(*said: object) -> str:
-    return hashlib.sha256("\n".join(map(str, said)).encode()).hexdigest()[:32]
+    return key_of(shard.name, index.shard_bytes, version)
 
 
 def pool_digest(parts: Sequence[Part]) -> str:
     """Tells a pool by its parts."""
-    return _digest(*(part.identity for part in parts))
+    return key_of(*(part.identity for part in parts))
 
 
 def run_passes(judging: Judging, parts: Sequence[Part], workers: Workers) -> Judging:
@@ -275,16 +268,16 @@ def run_passes(judging: Judging, parts: Sequence[Part], workers: Workers) -> Jud
 def _run_passes(judging: Judging, parts: Sequence[Part], workers: Workers) -> bool:
     """False where uids come twice although it was taken that none does."""
     context = workers.context
-    plan = judging.plan()
+    plan = judging.plan
     passes, asked = plan.passes(), Turn(uid_operation(plan), 0)
     with context.progress(len(passes) * len(parts), "filter: judging", "parts") as bar:
         for number, turns in enumerate(passes):
-            jobs = [PassJob(judging, number, part) for part in parts]
+            jobs = [PassJob(judging, part, number) for part in parts]
             workers.map(take_pass, jobs, lambda place, result: bar.advance(context.runtime.world_size))
             if context.runtime.is_main:
                 for turn in turns:
                     if turn.round is not None:
-                        merge(MergeJob(judging, turn, tuple(parts)))
+                        merge(judging, turn, parts)
             barrier(context.runtime.group)
             if judging.unique and asked in turns and not judging.is_unique():
                 return False
@@ -345,8 +338,3 @@ def repeated_uids(counted: Sequence[Counted]) -> dict[str, Any]:
         "conflicting": len(conflicting),
         "examples": conflicting.head(10).to_list(),
     }
-
-
-def mean_rows(rows: Sequence[int]) -> int:
-    """What a metadata file that cannot be read at all counts for: as many rows as the others have on average."""
-    return math.ceil(sum(rows) / max(len(rows), 1))

@@ -21,6 +21,7 @@ from mmfoundry.data.filters.base import Filter, PoolFilter, name_of
 from mmfoundry.data.filters.basic import Readable
 from mmfoundry.data.filters.combine import All, AnyOf, Not
 from mmfoundry.data.filters.dedup import UniqueUid
+from mmfoundry.data.table_cache import key_of
 from mmfoundry.pipeline.artifact import fingerprint
 
 Step = tuple[str, Filter]
@@ -168,13 +169,12 @@ class Plan:
         said += [content_of(path) for path in operation.filter.files()]
         reach = [self._shape(verdict, pool) for verdict in operation.reach]
         text = json.dumps([said, reach, pool if operation.num_rounds else ""], sort_keys=True)
-        self._keys[number, pool] = hashlib.sha256(text.encode()).hexdigest()[:32]
+        self._keys[number, pool] = key_of(text)
         return self._keys[number, pool]
 
     def reach_key(self, number: int, pool: str) -> str:
         """What the choice of the rows depends on that reach an operation."""
-        text = json.dumps([self._shape(verdict, pool) for verdict in self.operations[number].reach])
-        return hashlib.sha256(text.encode()).hexdigest()[:32]
+        return key_of(json.dumps([self._shape(verdict, pool) for verdict in self.operations[number].reach]))
 
     def _shape(self, verdict: Verdict, pool: str) -> list[object]:
         if verdict.kind == "leaf":

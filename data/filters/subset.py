@@ -12,6 +12,7 @@ from pathlib import Path
 import numpy as np
 import polars as pl
 
+from mmfoundry.data.uids import high_low
 from mmfoundry.pipeline.artifact import write_atomic
 from mmfoundry.pipeline.errors import DamagedInput, MissingInput
 
@@ -32,8 +33,8 @@ def pairs_of(uids: Iterable[str]) -> np.ndarray:
     if not fits.all():
         raise ValueError(f"{texts.filter(~fits)[0]!r} is not a uid: 32 lower-case hex digits")
     pairs = np.empty(len(texts), SUBSET_TYPE)
-    for field, start in zip(pairs.dtype.names or (), (0, 16), strict=True):
-        pairs[field] = texts.str.slice(start, 16).str.to_integer(base=16, dtype=pl.UInt64).to_numpy()
+    for field, half in zip(pairs.dtype.names or (), texts.to_frame("uid").select(*high_low()), strict=True):
+        pairs[field] = half.to_numpy()
     return pairs
 
 

@@ -143,18 +143,18 @@ def test_a_changed_filter_repeats_only_what_depends_on_it(pool: Path, tmp_path: 
 
 def test_a_run_cut_off_in_any_job_goes_on(pool: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     expected = payload(run(pool, tmp_path / "whole"))
-    tasks: dict[str, Callable[[Any], Any]] = {
+    tasks: dict[str, Callable[..., Any]] = {
         name: getattr(filter_jobs, name) for name in ("take_pass", "merge", "count")
     }
     left = 0  # jobs that may be done before the run is cut off
 
-    def counted(name: str) -> Callable[[Any], Any]:
-        def call(job: Any) -> Any:
+    def counted(name: str) -> Callable[..., Any]:
+        def call(*job: Any) -> Any:
             nonlocal left
             left -= 1
             if left < 0:
                 raise KeyboardInterrupt
-            return tasks[name](job)
+            return tasks[name](*job)
 
         return call
 
