@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor
+
+HALVES = (torch.bfloat16, torch.float16)
 
 
 # Shape suffixes: b = batch, h = heads, t = query positions, s = key positions, d = width of a head
@@ -35,4 +38,12 @@ def attention(
         raise ValueError("give either is_causal or a mask, not both")
     if is_causal and q_bhtd.shape[2] != k_bhsd.shape[2]:
         raise ValueError(f"causal attention needs as many queries as keys: {q_bhtd.shape[2]} and {k_bhsd.shape[2]}")
+    if q_bhtd.device.type == "cpu" and q_bhtd.dtype in HALVES:
+        # torch's kernel for 16 bits rounds more and takes 1.2 (257 positions) to 6 times (20) as long as that for 32,
+        # casts included, forward and backward on a core with AVX-512 (benchmarks/results/2026-11-21-training.md).
+        with torch.autocast("cpu", enabled=False):  # it would narrow them again
+            wide = F.scaled_dot_product_attention(
+                q_bhtd.float(), k_bhsd.float(), v_bhsd.float(), attn_mask=mask, is_causal=is_causal
+            )
+        return wide.to(q_bhtd.dtype)
     return F.scaled_dot_product_attention(q_bhtd, k_bhsd, v_bhsd, attn_mask=mask, is_causal=is_causal)

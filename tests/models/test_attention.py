@@ -39,6 +39,17 @@ def test_against_plain_math(case: str) -> None:
     )
 
 
+@pytest.mark.parametrize("autocast", [False, True])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_only_the_result_is_rounded_to_16_bits(dtype: torch.dtype, autocast: bool) -> None:
+    torch.manual_seed(0)
+    q, k, v = (torch.randn(2, 3, 20, 16).to(dtype) for _ in range(3))
+    expected = plain_math(q.double(), k.double(), v.double(), torch.ones(2, 3, 20, 20, dtype=torch.bool))
+    with torch.autocast("cpu", dtype, enabled=autocast):
+        result = attention(q, k, v)
+    torch.testing.assert_close(result, expected.to(dtype), rtol=torch.finfo(dtype).eps, atol=1e-7)
+
+
 def test_refuses_what_kernels_disagree_on() -> None:
     x = torch.zeros(1, 1, 3, 4)
     with pytest.raises(ValueError, match="as many queries as keys: 1 and 3"):
