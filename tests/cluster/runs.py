@@ -19,7 +19,7 @@ from mmfoundry.pipeline.metrics import read_metrics
 ROOT = Path(__file__).resolve().parents[2]
 PAGE = ROOT / "docs" / "cluster.md"
 CLUSTER = ROOT / "launch" / "cluster"
-STEPS = 120
+STEPS = 400
 SILENCE_S = 6.0
 # Every rank runs by these, wherever it is started. The commands of an environment are looked for in it first.
 VARIABLES = {
@@ -44,7 +44,7 @@ def write_config(folder: Path) -> Path:
         "trainer": {
             "train_batch_size": 32,
             "max_steps": STEPS,
-            "save_steps": 10,
+            "save_steps": 20,
             "logging_steps": 1,
             "optimizer": {"lr": 1e-3},
             "zero_optimization": {"stage": 1},
