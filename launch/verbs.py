@@ -85,7 +85,7 @@ def _from_recipe(
 
 
 def describe(job: Job) -> str:
-    """What `execute` would do with a job, in one line, its whole config, and what DeepSpeed is told; nothing is written.
+    """What `execute` would do with a job, in one line; its whole config; what DeepSpeed is told. Nothing is written.
 
     Raises:
         ConfigError: a user's own DeepSpeed file contradicts the config, or a batch does not divide over the ranks.

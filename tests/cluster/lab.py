@@ -30,9 +30,11 @@ def missing(packages: Mapping[str, str]) -> str | None:
     if os.geteuid() != 0:
         return "the cluster tests make network namespaces: run make cluster as root"
     path = f"{os.environ.get('PATH', '')}:/usr/sbin:/sbin"
-    wanted = {package for command, package in (PACKAGES | dict(packages)).items() if not shutil.which(command, path=path)}
+    needed = PACKAGES | dict(packages)
+    wanted = {package for command, package in needed.items() if not shutil.which(command, path=path)}
     if wanted:
-        return f"the cluster tests need Debian packages: apt-get install --no-install-recommends {' '.join(sorted(wanted))}"
+        install = f"apt-get install --no-install-recommends {' '.join(sorted(wanted))}"
+        return f"the cluster tests need Debian packages: {install}"
     tried = subprocess.run(["unshare", "--net", "--mount", "true"], capture_output=True, text=True)
     return f"the cluster tests cannot make namespaces here: {tried.stderr.strip()}" if tried.returncode else None
 
@@ -143,13 +145,14 @@ class Lab:
         # Not even a killed pytest leaves hosts behind.
         self.folder.mkdir(parents=True, exist_ok=True)
         self._log = (self.folder / "lab.log").open("wb")
-        self._process = subprocess.Popen(["setpriv", "--pdeathsig", "KILL", *space, "sleep", "infinity"], stderr=self._log)
+        command = ["setpriv", "--pdeathsig", "KILL", *space, "sleep", "infinity"]
+        self._process = subprocess.Popen(command, stderr=self._log)
         self._init = _descendant(self._process.pid, "sleep")
         lines = ["127.0.0.1 localhost"]
         lines += [f"{host.address} {host.name} {self._aliases.get(host.name, '')}" for host in self.hosts]
         (self.folder / "hosts").write_text("\n".join(lines) + "\n")
         self.mount_file(self.folder / "hosts", "/etc/hosts")
-        self.run("mount", "-t", "tmpfs", "tmpfs", "/run")  # for the names of network namespaces, and each daemon's socket
+        self.run("mount", "-t", "tmpfs", "tmpfs", "/run")  # ip netns keeps its names there
         self.run("ip", "link", "set", "lo", "up")
         self.run("ip", "link", "add", "bridge", "type", "bridge")
         self.run("ip", "link", "set", "bridge", "up")

@@ -6,7 +6,17 @@ from pathlib import Path
 import pytest
 
 from tests.cluster.lab import Lab, Remote
-from tests.cluster.runs import CLUSTER, ROOT, SILENCE_S, STEPS, VARIABLES, check_same, documented, steps_done, wait_until
+from tests.cluster.runs import (
+    CLUSTER,
+    ROOT,
+    SILENCE_S,
+    STEPS,
+    VARIABLES,
+    check_same,
+    documented,
+    steps_done,
+    wait_until,
+)
 
 pytestmark = pytest.mark.cluster
 

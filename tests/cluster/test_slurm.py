@@ -1,6 +1,5 @@
 """The sbatch recipe on a real Slurm: preempted or told to stop, put back into the queue, it ends as if nothing was."""
 
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -13,10 +12,10 @@ pytestmark = pytest.mark.cluster
 
 
 @pytest.fixture
-def slurm(lab: Lab) -> Iterator[Slurm]:
+def slurm(lab: Lab) -> Slurm:
     if reason := missing(PACKAGES):
         pytest.skip(reason)
-    yield Slurm(lab)
+    return Slurm(lab)
 
 
 def submit(slurm: Slurm, config: Path, output: Path) -> str:
@@ -48,7 +47,8 @@ def test_preempted_it_goes_on_and_ends_alike(slurm: Slurm, config: Path, expecte
     output = tmp_path / "made"
     job = submit(slurm, config, output)
     wait_until(lambda: steps_done(output) > STEPS // 10, "a tenth of the steps", 240)
-    urgent = slurm.submit(["sbatch", "--partition=first", "--nodes=2", "--exclusive", "--output=none", "--wrap=sleep 2"])
+    whole = ["--partition=first", "--nodes=2", "--exclusive"]
+    urgent = slurm.submit(["sbatch", *whole, "--output=none", "--wrap=sleep 2"])
     wait_until(lambda: slurm.state(urgent)["JobState"] == "COMPLETED", "the job that took the nodes")
     preempted_at = steps_done(output)
     text = finish(slurm, job)

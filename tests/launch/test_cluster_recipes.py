@@ -123,7 +123,7 @@ def test_the_batch_script_is_bash_and_slurm_reads_its_options() -> None:
     lines = script.read_text().splitlines()
     assert lines[0] == "#!/bin/bash"
     first = next(number for number, line in enumerate(lines) if line and not line.startswith("#"))
-    assert not [line for line in lines[first:] if line.startswith("#SBATCH")], "sbatch reads options up to the first command"
+    assert not [line for line in lines[first:] if line.startswith("#SBATCH")], "sbatch stops at the first command"
     options = {line.split()[1] for line in lines if line.startswith("#SBATCH")}
     assert {"--requeue", "--open-mode=append", "--signal=USR1@300", "--ntasks-per-node=1"} <= options
 
