@@ -47,7 +47,7 @@ def test_accelerate_starts_them_too(lab: Lab, config: Path, expected: Path, tmp_
     for number, host in enumerate(lab.hosts):
         (command,) = documented("accelerate", CONFIG=config, N=number)
         assert command[:2] == ["accelerate", "launch"]
-        # The command's other verbs import torchvision, which beside a CPU-only torch may lack operators; this one is it.
+        # The same without the other verbs, which import torchvision: beside a CPU-only torch it may lack operators.
         launch = [sys.executable, "-m", "accelerate.commands.launch", *smaller(command[2:])]
         ranks.append(host.start([*launch, f"output={tmp_path / 'made'}"], ROOT, **VARIABLES))
     assert finish(ranks) == [0, 0]

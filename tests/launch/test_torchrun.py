@@ -15,10 +15,11 @@ def stop(number, frame):
     time.sleep(0.5)  # saves
     pathlib.Path(f"told-{os.environ['RANK']}").write_text(str(number))
     sys.exit(85)
-signal.signal(signal.SIGTERM, stop)
-signal.signal(signal.SIGUSR1, stop)
+if sys.argv[1:] != ["deaf"]:
+    signal.signal(signal.SIGTERM, stop)
+    signal.signal(signal.SIGUSR1, stop)
 pathlib.Path(f"ready-{os.environ['RANK']}").touch()
-if len(sys.argv) > 1:
+if sys.argv[1:] not in ([], ["deaf"]):
     sys.exit(int(sys.argv[1]) if os.environ["RANK"] == "1" else 0)
 time.sleep(300)
 """
@@ -30,17 +31,28 @@ def start(folder: Path, *arguments: str) -> subprocess.Popen[str]:
     return subprocess.Popen(command, cwd=folder, stderr=subprocess.PIPE, text=True)
 
 
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGUSR1])
-def test_told_to_stop_it_ends_with_what_its_ranks_end_with(number: signal.Signals, tmp_path: Path) -> None:
-    started = start(tmp_path)
+def tell(started: subprocess.Popen[str], number: signal.Signals, folder: Path) -> tuple[int, str]:
+    """Send a signal to the launcher once its ranks are at work; its exit code, and what it said."""
     deadline = time.monotonic() + 120
-    while len(list(tmp_path.glob("ready-*"))) < 2:
+    while len(list(folder.glob("ready-*"))) < 2:
         assert time.monotonic() < deadline
         time.sleep(0.02)
     started.send_signal(number)
     _, said = started.communicate(timeout=120)
-    assert started.returncode == 85, said
+    return started.returncode, said
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGUSR1])
+def test_told_to_stop_it_ends_with_what_its_ranks_end_with(number: signal.Signals, tmp_path: Path) -> None:
+    code, said = tell(start(tmp_path), number, tmp_path)
+    assert code == 85, said
     assert (tmp_path / "told-0").read_text() == (tmp_path / "told-1").read_text() == str(int(number))
+
+
+def test_told_before_its_ranks_listen_it_wants_to_be_started_again(tmp_path: Path) -> None:
+    code, said = tell(start(tmp_path, "deaf"), signal.SIGUSR1, tmp_path)
+    assert code == 85, said
+    assert not list(tmp_path.glob("told-*"))
 
 
 @pytest.mark.parametrize("code", [0, 3])
