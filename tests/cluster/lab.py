@@ -52,7 +52,7 @@ class Remote:
     def running(self) -> bool:
         return self._entered.poll() is None
 
-    def wait(self, timeout_s: float = 240.0) -> int:
+    def wait(self, timeout_s: float = 600.0) -> int:
         """The exit code, negative for a signal; AssertionError with the output when it takes too long."""
         try:
             return self._entered.wait(timeout_s)

@@ -87,7 +87,7 @@ def local_run(config: Path, output: Path) -> Path:
         env=os.environ | VARIABLES,
         capture_output=True,
         text=True,
-        timeout=300,
+        timeout=900,
     )
     assert done.returncode == 0, done.stdout + done.stderr
     return output
@@ -112,7 +112,7 @@ def steps_done(output: Path) -> int:
     return len(log.read_text(encoding="utf-8").splitlines()) if log.is_file() else 0
 
 
-def wait_until(true: Callable[[], object], what: str, timeout_s: float = 120.0) -> None:
+def wait_until(true: Callable[[], object], what: str, timeout_s: float = 600.0) -> None:
     """Wait for something to become true; AssertionError that names it when it does not."""
     deadline = time.monotonic() + timeout_s
     while not true():

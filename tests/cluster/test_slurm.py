@@ -37,7 +37,7 @@ def ended(slurm: Slurm, job: str) -> bool:
 
 def finish(slurm: Slurm, job: str) -> str:
     """Wait for the job's end; what it printed, over all its starts."""
-    wait_until(lambda: ended(slurm, job), f"the end of job {job}", 240)
+    wait_until(lambda: ended(slurm, job), f"the end of job {job}")
     text = log_of(job, slurm.folder)
     assert slurm.state(job)["JobState"] == "COMPLETED", text + slurm.troubles()
     return text
@@ -46,7 +46,7 @@ def finish(slurm: Slurm, job: str) -> str:
 def test_preempted_it_goes_on_and_ends_alike(slurm: Slurm, config: Path, expected: Path, tmp_path: Path) -> None:
     output = tmp_path / "made"
     job = submit(slurm, config, output)
-    wait_until(lambda: steps_done(output) > STEPS // 10, "a tenth of the steps", 240)
+    wait_until(lambda: steps_done(output) > STEPS // 10, "a tenth of the steps")
     whole = ["--partition=first", "--nodes=2", "--exclusive"]
     urgent = slurm.submit(["sbatch", *whole, "--output=none", "--wrap=sleep 2"])
     wait_until(lambda: slurm.state(urgent)["JobState"] == "COMPLETED", "the job that took the nodes")
@@ -63,7 +63,7 @@ def test_preempted_it_goes_on_and_ends_alike(slurm: Slurm, config: Path, expecte
 def test_told_that_time_is_up_it_puts_itself_back(slurm: Slurm, config: Path, expected: Path, tmp_path: Path) -> None:
     output = tmp_path / "made"
     job = submit(slurm, config, output)
-    wait_until(lambda: steps_done(output) > STEPS // 10, "a tenth of the steps", 240)
+    wait_until(lambda: steps_done(output) > STEPS // 10, "a tenth of the steps")
     slurm.run("scancel", "--signal=USR1", job)  # what --signal=USR1@300 does when 300 s are left
     text = finish(slurm, job)
     assert f"job {job} ended with exit code 85" in text
