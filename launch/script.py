@@ -12,6 +12,7 @@ from mmfoundry.launch.failures import USER_ERROR, exit_code_of, leave
 from mmfoundry.pipeline.errors import MmfoundryError
 from mmfoundry.pipeline.ranks import ERROR_FILE, end_with_starter
 
+DRY_RUN = "--dry-run"
 _LET_RANK_0_SPEAK_S = 5.0
 
 
@@ -20,7 +21,8 @@ def main(stage: str, arguments: Sequence[str] | None = None) -> None:
 
     Args:
         stage: the stage's name.
-        arguments: `CONFIG [key=value ...]`; `--local_rank N`, which launchers add, is accepted. `sys.argv` when None.
+        arguments: `CONFIG [key=value ...] [--dry-run]`; `--local_rank N`, which launchers add, is accepted. `sys.argv`
+            when None.
     """
     here = os.path.realpath(os.path.dirname(__file__))
     # A script's own folder leads the import path; ours has names (`eval`, `filter`) that no other package should find.
@@ -28,11 +30,14 @@ def main(stage: str, arguments: Sequence[str] | None = None) -> None:
     rest, local_rank = take_local_rank(list(sys.argv[1:] if arguments is None else arguments))
     if local_rank is not None:
         os.environ.setdefault("LOCAL_RANK", local_rank)
+    dry_run = DRY_RUN in rest
+    rest = [argument for argument in rest if argument != DRY_RUN]
     if not rest or rest[0].startswith("-"):
-        print(__doc__ if rest else "", f"usage: launch/{stage}.py CONFIG [key=value ...]", file=sys.stderr)
+        print(__doc__ if rest else "", f"usage: launch/{stage}.py CONFIG [key=value ...] [--dry-run]", file=sys.stderr)
         sys.exit(0 if rest and rest[0] in ("-h", "--help") else USER_ERROR)
     end_with_starter()
-    leave(exit_code_of(lambda: _run(stage, Path(rest[0]), rest[1:])))
+    work = _describe if dry_run else _run
+    leave(exit_code_of(lambda: work(stage, Path(rest[0]), rest[1:])))
 
 
 def take_local_rank(arguments: list[str]) -> tuple[list[str], str | None]:
@@ -47,6 +52,16 @@ def take_local_rank(arguments: list[str]) -> tuple[list[str], str | None]:
         else:
             rest.append(argument)
     return rest, local_rank
+
+
+def _describe(stage: str, config: Path, arguments: list[str]) -> None:
+    """Say on rank 0 what would be run, as `mmfoundry STAGE --dry-run` does; the others end at once."""
+    if os.environ.get("RANK", "0") != "0":
+        return
+    from mmfoundry.launch import verbs
+    from mmfoundry.launch.catalog import Stages
+
+    print(verbs.describe(verbs.prepare(Stages(), stage, config, arguments)), flush=True)
 
 
 def _run(stage: str, config: Path, arguments: list[str]) -> None:

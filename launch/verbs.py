@@ -9,6 +9,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+import yaml
+
 from mmfoundry.launch.catalog import Stages
 from mmfoundry.pipeline.artifact import MANIFEST, Artifact
 from mmfoundry.pipeline.config import StageConfig, apply_overrides, inputs_of, load_yaml, parse
@@ -83,7 +85,7 @@ def _from_recipe(
 
 
 def describe(job: Job) -> str:
-    """What `execute` would do with a job, in one line, and what DeepSpeed is told; nothing is written.
+    """What `execute` would do with a job, in one line; its whole config; what DeepSpeed is told. Nothing is written.
 
     Raises:
         ConfigError: a user's own DeepSpeed file contradicts the config, or a batch does not divide over the ranks.
@@ -91,6 +93,7 @@ def describe(job: Job) -> str:
     inputs = resolve_inputs(job.stage, job.config)
     now = standing(job.stage, job.config, job.output.absolute(), record_inputs(job.config, inputs))
     lines = [f"{job.stage.name} -> {job.output}: {now.action}, {now.why}"]
+    lines.append(yaml.safe_dump(job.config.model_dump(mode="json"), sort_keys=False, allow_unicode=True).rstrip())
     ranks = int(os.environ.get("WORLD_SIZE", "1"))
     for key, engine in engines_in(job.config):
         settings = deepspeed_config(engine, ranks)

@@ -59,6 +59,17 @@ def test_a_mistake_is_told_once_by_rank_0(outside: Path, here: Path) -> None:
     assert done.stderr.count("error: command line: count.stepz is not a known key; did you mean steps?") == 1
 
 
+@pytest.mark.parametrize("starter", [[sys.executable], DEEPSPEED], ids=["python", "deepspeed"])
+@pytest.mark.usefixtures("script")
+def test_a_dry_run_says_once_what_would_be_done_and_does_nothing(starter: list[str], outside: Path, here: Path) -> None:
+    done = launch(starter, outside, here, "recipe.yaml", "steps=2", "output=made", "--dry-run")
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.count("count -> made: run, not run yet\n") == 1
+    assert "\nsteps: 2\n" in done.stdout
+    assert not (here / "made").exists()
+    assert not list(here.glob("made.*"))
+
+
 @pytest.mark.usefixtures("script")
 def test_usage_is_shown(outside: Path, here: Path) -> None:
     assert launch([sys.executable], outside, here).returncode == 2

@@ -4,6 +4,7 @@ import json
 from pathlib import Path
 
 import pytest
+import yaml
 
 from mmfoundry.launch import verbs
 from mmfoundry.pipeline.distributed import Runtime
@@ -29,7 +30,9 @@ def test_a_config_of_its_own() -> None:
     assert prepare("count", "count.yaml").output == Path("runs/count/count")
     made = verbs.execute(job, Runtime())
     assert verbs.outcome(made).endswith("steps 4, written_now 4")
-    assert verbs.describe(job).endswith("skip, done; config and inputs are unchanged")
+    first, rest = verbs.describe(job).split("\n", 1)
+    assert first.endswith("skip, done; config and inputs are unchanged")
+    assert yaml.safe_load(rest) == job.config.model_dump(mode="json")  # defaults and overrides in it
 
 
 def test_a_training_shows_what_deepspeed_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -37,10 +40,9 @@ def test_a_training_shows_what_deepspeed_is_told(monkeypatch: pytest.MonkeyPatch
     Path("ds.json").write_text('{"zero_optimization": {"reduce_bucket_size": 99}}')
     job = verbs.Job(TINY, TinyConfig.model_validate({"trainer": trainer}), Path("made"))
     monkeypatch.setenv("WORLD_SIZE", "2")
-    first, second, *rest = verbs.describe(job).splitlines()
-    assert first == "tiny -> made: run, not run yet"
-    assert second.startswith("trainer: DeepSpeed's settings on 2 rank(s)")
-    settings = json.loads("\n".join(rest))
+    told, settings_of = verbs.describe(job).split("trainer: DeepSpeed's settings on 2 rank(s)")
+    assert told.startswith("tiny -> made: run, not run yet\n")
+    settings = json.loads(settings_of.split("\n", 1)[1])
     assert settings["gradient_accumulation_steps"] == 2
     assert settings["zero_optimization"]["stage"] == 2
     assert settings["zero_optimization"]["reduce_bucket_size"] == 99
