@@ -124,6 +124,10 @@ class TextTower(nn.Module):
             tokens_bL = trim(tokens_bL)
         return self._read(tokens_bL)
 
+    def trimmed(self, tokens_bL: Tensor) -> Tensor:
+        """A batch without the padding that this tower does not read."""
+        return tokens_bL if self.config.reads_padding else trim(tokens_bL)
+
     def _read(self, tokens_bL: Tensor) -> Tensor:
         row_b = end_of_text(tokens_bL)
         if self.config.pool_type == "last":

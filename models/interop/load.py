@@ -38,7 +38,8 @@ def load_any_clip(folder: str | Path) -> CLIP:
         record = _read_json(folder / OPEN_CLIP_CONFIG)
         state = _read_weights(folder / OPEN_CLIP_WEIGHTS)
         source = str(folder / OPEN_CLIP_CONFIG)
-        return from_open_clip(record.get("model_cfg", {}), state, record.get("preprocess_cfg"), source)
+        model = from_open_clip(record.get("model_cfg", {}), state, record.get("preprocess_cfg"), source)
+        return model if model.config.text_cfg.hf_tokenizer_name is None else _with_tokenizer(model, folder)
     if not (folder / CONFIG_FILE).is_file():
         raise MissingInput(f"{folder}: no CLIP here: neither {CONFIG_FILE} nor {OPEN_CLIP_CONFIG}")
     record = _read_json(folder / CONFIG_FILE)
@@ -48,12 +49,20 @@ def load_any_clip(folder: str | Path) -> CLIP:
         raise ConfigError(f"{folder / CONFIG_FILE}: a NaFlex SigLIP 2 (model_type siglip2): take one of fixed resolution")
     if record.get("model_type") == "siglip":
         weights = _read_weights(folder / WEIGHTS_FILE)
-        return from_siglip(_with_defaults(record), weights, str(folder / CONFIG_FILE), str(folder))
+        return _with_tokenizer(from_siglip(_with_defaults(record), weights, str(folder / CONFIG_FILE)), folder)
     if record.get("model_type") != "clip":
         raise DamagedInput(
             f"{folder / CONFIG_FILE}: neither one of our CLIPs nor a CLIPModel or SiglipModel of transformers"
         )
     return from_transformers(_with_defaults(record), _read_weights(folder / WEIGHTS_FILE), str(folder / CONFIG_FILE))
+
+
+def _with_tokenizer(model: CLIP, folder: Path) -> CLIP:
+    """The model, its captions read by the tokenizer in its folder."""
+    text = model.config.text_cfg.model_copy(update={"hf_tokenizer_name": str(folder)})
+    model.config = model.config.model_copy(update={"text_cfg": text})
+    model.text_model.config = text
+    return model
 
 
 def _with_defaults(record: dict[str, Any]) -> dict[str, Any]:

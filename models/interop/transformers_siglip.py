@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from mmfoundry.models.clip import CLIP, ClipConfig
-from mmfoundry.models.interop.build import build
+from mmfoundry.models.interop.build import build, ratio_of
 from mmfoundry.models.text import TextConfig
 from mmfoundry.models.vision import VisionConfig
 from mmfoundry.pipeline.config import parse
@@ -139,12 +139,6 @@ def _from_common(tower: Mapping[str, Any]) -> dict[str, Any]:
     }
 
 
-def ratio_of(hidden: int, width: int) -> float:
-    """`hidden / width`, or the next number above, such that `int(width * ratio)` is `hidden` again."""
-    ratio = hidden / width
-    return ratio if int(width * ratio) == hidden else math.nextafter(ratio, math.inf)
-
-
 def to_siglip_state(model: CLIP) -> dict[str, Tensor]:
     """Our weights as `SiglipModel` loads them, with the inverse temperature as it acts; no bias is one of zero.
 
@@ -158,16 +152,13 @@ def to_siglip_state(model: CLIP) -> dict[str, Tensor]:
     return state | {name: state[name].reshape(1) for name in _SCALARS}
 
 
-def from_siglip(
-    config: Mapping[str, Any], state: Mapping[str, Tensor], source: str = "checkpoint", tokenizer: str | None = None
-) -> CLIP:
+def from_siglip(config: Mapping[str, Any], state: Mapping[str, Tensor], source: str = "checkpoint") -> CLIP:
     """Build our model from a `SiglipModel`'s config and weights; in evaluation mode, the weights copied.
 
     Args:
         config: `SiglipModel.config.to_dict()`.
         state: its state dict; positions saved as buffers by older versions are left out.
         source: named in errors.
-        tokenizer: folder with its tokenizer's files.
 
     Raises:
         ConfigError: see `from_siglip_config`.
@@ -175,6 +166,4 @@ def from_siglip(
     """
     weights = {name: value.detach().clone() for name, value in state.items() if not name.endswith(".position_ids")}
     weights |= {name: weights[name].reshape(()) for name in _SCALARS if name in weights}
-    ours = from_siglip_config(config, source)
-    text = ours.text_cfg.model_copy(update={"hf_tokenizer_name": tokenizer})
-    return build(ours.model_copy(update={"text_cfg": text}), weights, source)
+    return build(from_siglip_config(config, source), weights, source)

@@ -8,11 +8,11 @@ import pytest
 import torch
 from transformers import SiglipConfig, SiglipModel
 
+from mmfoundry.models.interop.build import ratio_of
 from mmfoundry.models.interop.load import load_any_clip
 from mmfoundry.models.interop.transformers_siglip import (
     from_siglip,
     from_siglip_config,
-    ratio_of,
     to_siglip_config,
     to_siglip_state,
 )
