@@ -64,6 +64,8 @@ class ClipConfig(Config):
                 f"embed_dim {self.embed_dim} is not vision_cfg.width {self.vision_cfg.width}: where pool_type is map, "
                 "nothing is projected behind it"
             )
+        if self.text_cfg.proj_type == "none" and self.text_cfg.width != self.embed_dim:
+            raise ValueError(f"text_cfg.proj_type is none, but width {self.text_cfg.width} is not embed_dim {self.embed_dim}")
         if self.quick_gelu and "tanh" in (self.vision_cfg.act_kwargs.approximate, self.text_cfg.act_kwargs.approximate):
             raise ValueError("quick_gelu and act_kwargs.approximate are two activations: leave one out")
         return self
@@ -88,7 +90,7 @@ class ClipOutput(NamedTuple):
 class CLIP(nn.Module):
     """A CLIP with transformers' parameter names.
 
-    A projection is None where its tower ends in a head of its own, as SigLIP's do.
+    A projection is None where its tower has a head of its own, as SigLIP's do, or nothing behind its last norm.
     """
 
     def __init__(self, config: ClipConfig):
@@ -98,7 +100,8 @@ class CLIP(nn.Module):
         self.text_model = TextTower(text, embed_dim=width, quick_gelu=config.quick_gelu)
         self.vision_model = VisionTower(vision, quick_gelu=config.quick_gelu)
         self.visual_projection = nn.Linear(vision.width, width, bias=False) if vision.pool_type == "tok" else None
-        self.text_projection = None if text.proj_bias else nn.Linear(text.width, width, bias=False)
+        plain = text.proj_type == "linear" and not text.proj_bias
+        self.text_projection = nn.Linear(text.width, width, bias=False) if plain else None
         self.logit_scale = nn.Parameter(torch.tensor(config.init_logit_scale))
         self.logit_bias: nn.Parameter | None = None
         if config.init_logit_bias is not None:

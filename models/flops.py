@@ -32,7 +32,7 @@ def text_flops(config: ClipConfig, length: int) -> int:
     """Operations of the forward pass of one caption of `length` positions."""
     text = config.text_cfg
     blocks = _pooled_blocks(text.layers, length, text.width, text.mlp_hidden)
-    return blocks + 2 * text.width * config.embed_dim
+    return blocks + (2 * text.width * config.embed_dim if text.proj_type == "linear" else 0)
 
 
 def _pooled_blocks(layers: int, positions: int, width: int, hidden: int) -> int:

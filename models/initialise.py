@@ -72,11 +72,10 @@ def init_text_tower(tower: TextTower, projection: nn.Linear | None) -> None:
     width, depth = tower.config.width, tower.config.layers
     nn.init.normal_(tower.embeddings.token_embedding.weight, std=0.02)
     nn.init.normal_(tower.embeddings.position_embedding.weight, std=0.01)
-    last = projection or tower.head
-    assert last is not None
-    nn.init.normal_(last.weight, std=width**-0.5)
-    if last.bias is not None:
-        nn.init.zeros_(last.bias)
+    if (last := projection or tower.head) is not None:
+        nn.init.normal_(last.weight, std=width**-0.5)
+        if last.bias is not None:
+            nn.init.zeros_(last.bias)
     residual_std = width**-0.5 * (2 * depth) ** -0.5  # each block adds twice to the residual stream
     for layer in tower.encoder.blocks():
         for linear in _queries_keys_values(layer):

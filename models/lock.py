@@ -68,9 +68,8 @@ def take_towers(trained: CLIP, fresh: CLIP, which: Literal["image", "text"]) -> 
 
 
 def _groups(first: Group, blocks: list[nn.Module], norm: nn.Module, projection: nn.Module | None) -> list[Group]:
-    assert projection is not None
     middle: list[Group] = [[block] for block in blocks[:-1]]
-    return [first, *middle, [*blocks[-1:], norm], [projection]]
+    return [first, *middle, [*blocks[-1:], norm], *([] if projection is None else [[projection]])]
 
 
 def _lock(groups: list[Group], unlocked: int, key: str) -> None:

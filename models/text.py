@@ -40,6 +40,9 @@ class TextConfig(Config):
     pool_type: Literal["argmax", "last"] = Field(
         "argmax", description="what is read: argmax: the end-of-text token; last: the last position, as SigLIP"
     )
+    proj_type: Literal["linear", "none"] = Field(
+        "linear", description="none: what is read is the embedding, so that width is embed_dim"
+    )
     proj_bias: bool = Field(False, description="the projection has a bias, as SigLIP's")
     norm_kwargs: NormConfig = Field(NormConfig(), description="of every LayerNorm")
     act_kwargs: ActivationConfig = Field(ActivationConfig(), description="of every GELU")
@@ -56,6 +59,8 @@ class TextConfig(Config):
             raise ValueError(f"heads {self.heads} do not divide width {self.width}")
         if self.hf_tokenizer_name is None and self.tokenizer_kwargs is not None:
             raise ValueError("tokenizer_kwargs is for a tokenizer of transformers: give hf_tokenizer_name")
+        if self.proj_bias and self.proj_type == "none":
+            raise ValueError("proj_bias is of a projection, but proj_type is none")
         return self
 
     @property

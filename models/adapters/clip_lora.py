@@ -55,7 +55,9 @@ def _projection(model: CLIP, tower: Tower) -> list[str]:
     """The name of a tower's projection, as a pattern."""
     if tower == "vision":
         return ["visual_projection"] if model.visual_projection is not None else []
-    return ["text_projection" if model.text_projection is not None else r"text_model\.head"]
+    if model.text_projection is not None:
+        return ["text_projection"]
+    return [] if model.text_model.head is None else [r"text_model\.head"]
 
 
 def add_clip_lora(model: CLIP, config: ClipLoraConfig, seed: int) -> LoraConfig:

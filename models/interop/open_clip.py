@@ -60,6 +60,7 @@ _LAYER = {
 _LEFT_OUT: dict[str, Any] = {
     "pool_type": None,
     "no_causal_mask": False,
+    "proj_type": "linear",
     "proj_bias": False,
     "norm_kwargs": {"eps": 1e-5},
     "act_kwargs": {"approximate": "none"},

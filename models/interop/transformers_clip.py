@@ -78,7 +78,7 @@ def _check_towers(config: ClipConfig) -> None:
     plain = ClipConfig()
     for name in ("vision_cfg", "text_cfg"):
         ours, theirs = getattr(config, name), getattr(plain, name)
-        for key in ("pool_type", "norm_kwargs", "act_kwargs", "no_causal_mask", "proj_bias"):
+        for key in ("pool_type", "norm_kwargs", "act_kwargs", "no_causal_mask", "proj_bias", "proj_type"):
             if getattr(ours, key, None) != getattr(theirs, key, None):
                 raise ConfigError(f"{name}.{key}: transformers' CLIPModel has no such towers; only CLIP's and SigLIP's")
 
