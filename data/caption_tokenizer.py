@@ -1,7 +1,7 @@
 """Captions -> a model's token ids by the tokenizer that came with it: the files of one of transformers' tokenizers.
 
-What transformers' `AutoTokenizer` makes of a folder decides. If that runs in the `tokenizers` library, as nearly all do,
-its rules are taken over as one string, so that worker processes neither read the files again nor import transformers.
+What transformers' `AutoTokenizer` makes of a folder decides. If that runs in the `tokenizers` library, as nearly all
+do, its rules are taken over as one string: worker processes neither read the files again nor import transformers.
 """
 
 from __future__ import annotations
@@ -107,8 +107,8 @@ def load_tokenizer(folder: Path) -> PreTrainedTokenizerBase:
     """What transformers reads from a folder, without remote code.
 
     SigLIP's first tokenizer, which takes case and punctuation away, is the one of `spiece.model`, unless
-    `tokenizer_config.json` names another class. Where there is `tokenizer.json` alone, it is what that file says. So ids
-    do not depend on which packages are installed.
+    `tokenizer_config.json` names another class. Where there is `tokenizer.json` alone, it is what that file says. So
+    ids do not depend on which packages are installed.
 
     Raises:
         MissingInput: there is no tokenizer, or one for which a package is not installed.

@@ -95,7 +95,7 @@ def _numbers(sample: Sample, field: str, ndim: int) -> np.ndarray:
 def pad_text(batch: Batch) -> Batch:
     """Captions as one tensor (b, longest), 0 behind each; a `finish` of the loader.
 
-    Under a causal mask, read at the end of text, padding changes neither features nor gradients. Captions of models that
-    read their padding come padded from their tokenizer, all equally long.
+    Under a causal mask, read at the end of text, padding changes neither features nor gradients. Captions of models
+    that read their padding come padded from their tokenizer, all equally long.
     """
     return batch | {"text": batch["text"].padded()}

@@ -65,7 +65,9 @@ class ClipConfig(Config):
                 "nothing is projected behind it"
             )
         if self.text_cfg.proj_type == "none" and self.text_cfg.width != self.embed_dim:
-            raise ValueError(f"text_cfg.proj_type is none, but width {self.text_cfg.width} is not embed_dim {self.embed_dim}")
+            raise ValueError(
+                f"text_cfg.proj_type is none, but width {self.text_cfg.width} is not embed_dim {self.embed_dim}"
+            )
         if self.quick_gelu and "tanh" in (self.vision_cfg.act_kwargs.approximate, self.text_cfg.act_kwargs.approximate):
             raise ValueError("quick_gelu and act_kwargs.approximate are two activations: leave one out")
         return self

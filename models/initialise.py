@@ -1,7 +1,8 @@
 """How an untrained CLIP starts: open_clip's scheme, which takes the text tower's from OpenAI's code.
 
 OpenAI published none for the vision tower; open_clip leaves PyTorch's own there, with scaled class token, positions
-and projection. SigLIP's vision tower starts as its authors' code (big_vision) and transformers' `SiglipModel` have it.
+and projection. SigLIP's vision tower starts as in its authors' code (big_vision): as transformers' `SiglipModel`, but
+for patches, whose start transformers does not cut off, and the head's output projection, which it leaves out.
 """
 
 from __future__ import annotations

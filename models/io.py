@@ -1,5 +1,5 @@
-"""A CLIP on disk, our own layout: `config.json` (what it is, and the seed it started from), `model.safetensors`, and the
-files of its tokenizer where that is not CLIP's.
+"""A CLIP on disk, our own layout: `config.json` (what it is, and the seed it started from), `model.safetensors`, and
+the files of its tokenizer where that is not CLIP's.
 """
 
 from __future__ import annotations

@@ -23,7 +23,7 @@ class TokenizerConfig(Config):
 
     clean: Literal["whitespace", "lower", "canonicalize"] = Field(
         "whitespace",
-        description="all mend broken Unicode and HTML escapes; lower: to lower case; canonicalize: without punctuation, too",
+        description="all mend broken Unicode and HTML escapes; lower: to lower case; canonicalize: no punctuation, too",
     )
 
 

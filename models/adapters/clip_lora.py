@@ -28,7 +28,8 @@ class ClipLoraConfig(LoraSize):
         {"vision": 0, "text": 0}, description="first block that gets adapters; a tower that is left out gets none"
     )
     projections: bool = Field(
-        True, description="also the projections of these towers into the joint embedding; SigLIP's vision tower has none"
+        True,
+        description="also the projections of these towers into the joint embedding; SigLIP's vision tower has none",
     )
 
     def pattern(self, model: CLIP) -> str:

@@ -61,8 +61,8 @@ def save_for_transformers(model: CLIP, folder: str | Path) -> None:
         folder: made if it is not there.
 
     Raises:
-        ConfigError: the vocabulary is not CLIP's, or the model has a logit bias, which `CLIPModel` cannot hold; a SigLIP
-            without a tokenizer; towers that are neither's.
+        ConfigError: the vocabulary is not CLIP's, or the model has a logit bias, which `CLIPModel` cannot hold; a
+            SigLIP without a tokenizer; towers that are neither's.
         MissingInput: a SigLIP's tokenizer is not to be had.
     """
     if is_siglip(model.config):
@@ -77,7 +77,9 @@ def _save_siglip(model: CLIP, folder: Path) -> None:
     """What `SiglipModel` and `SiglipProcessor` load: the tokenizer's files as they came."""
     name = model.config.text_cfg.hf_tokenizer_name
     if name is None:
-        raise ConfigError("text_cfg.hf_tokenizer_name is not set: a SigLIP is released with the tokenizer it learnt from")
+        raise ConfigError(
+            "text_cfg.hf_tokenizer_name is not set: a SigLIP is released with the tokenizer it learnt from"
+        )
     to_siglip_model(model).save_pretrained(folder)
     copy_tokenizer(name, folder)
     if not any((folder / file).is_file() for file in TOKENIZER_FILES):

@@ -46,7 +46,9 @@ def load_any_clip(folder: str | Path) -> CLIP:
     if record.get("format") == FORMAT:
         return load_clip(folder)
     if record.get("model_type") == "siglip2":
-        raise ConfigError(f"{folder / CONFIG_FILE}: a NaFlex SigLIP 2 (model_type siglip2): take one of fixed resolution")
+        raise ConfigError(
+            f"{folder / CONFIG_FILE}: a NaFlex SigLIP 2 (model_type siglip2): take one of fixed resolution"
+        )
     if record.get("model_type") == "siglip":
         weights = _read_weights(folder / WEIGHTS_FILE)
         return _with_tokenizer(from_siglip(_with_defaults(record), weights, str(folder / CONFIG_FILE)), folder)

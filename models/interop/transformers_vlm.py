@@ -1,8 +1,8 @@
 """Our vision-language models as folders that transformers' `Auto` classes load with none of our code.
 
 `pixel_shuffle` becomes `AyaVisionForConditionalGeneration` with `AyaVisionProcessor`, `mlp` becomes
-`LlavaForConditionalGeneration` with `LlavaProcessor`; both with a `CLIPVisionModel` or `SiglipVisionModel` tower. Weights
-have the same names on both sides, so this is about configs and the processor.
+`LlavaForConditionalGeneration` with `LlavaProcessor`; both with a `CLIPVisionModel` or `SiglipVisionModel` tower.
+Weights have the same names on both sides, so this is about configs and the processor.
 """
 
 from __future__ import annotations
