@@ -1,4 +1,4 @@
-"""SigLIP's towers in clip.py, vision.py and text.py: what is particular to them; equality with the peers is in interop/."""
+"""SigLIP's towers: what is particular to them; equality with the peers is in interop/."""
 
 import math
 
