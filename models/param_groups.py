@@ -32,10 +32,10 @@ class TowerRates(Config):
 def clip_param_groups(
     model: CLIP, weight_decay: float, rates: TowerRates | None = None, hidden_apart: bool = False
 ) -> list[ParamGroup]:
-    """The groups to train a CLIP with; norms, biases, positions, class token, probe, temperature do not decay.
+    """The groups to train a CLIP with; norms, biases, positions, class token, probe, scale do not decay.
 
-    Layer decay counts as BEiT's (Bao et al. 2021, arXiv 2106.08254) and EVA-CLIP's do: the projection, heads and the
-    last norm learn at the full rate, the top block at `layer_decay` times it, the embeddings, below all blocks, slowest.
+    Layer decay counts as BEiT's (Bao et al. 2021, arXiv 2106.08254) and EVA-CLIP's do: the projection, a tower's head
+    and its last norm learn at the full rate, the top block at `layer_decay` times it, the embeddings slowest.
 
     Args:
         model: frozen parameters are left out.

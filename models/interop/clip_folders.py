@@ -84,15 +84,21 @@ def _save_siglip(model: CLIP, folder: Path) -> None:
     copy_tokenizer(name, folder)
     if not any((folder / file).is_file() for file in TOKENIZER_FILES):
         raise ConfigError(f"text_cfg.hf_tokenizer_name: {name} has no tokenizer's files")
+    _set(folder / "tokenizer_config.json", model_max_length=model.config.text_cfg.context_length)
     declare_missing_ops()  # the image processor imports torchvision
     from transformers import SiglipImageProcessor
 
     side, preprocess = model.config.vision_cfg.image_size, model.config.preprocess_cfg
     images: dict[str, Any] = {"resample": 3, "image_mean": list(preprocess.mean), "image_std": list(preprocess.std)}
     SiglipImageProcessor(size={"height": side, "width": side}, **images).save_pretrained(folder)
-    processor = folder / "preprocessor_config.json"
-    record = json.loads(processor.read_text(encoding="utf-8")) | {"processor_class": "SiglipProcessor"}
-    write_atomic(processor, json.dumps(record, indent=2) + "\n")
+    _set(folder / "preprocessor_config.json", processor_class="SiglipProcessor")
+
+
+def _set(file: Path, **keys: Any) -> None:
+    """Set keys of a JSON file, if it is there."""
+    if file.is_file():
+        record = json.loads(file.read_text(encoding="utf-8")) | keys
+        write_atomic(file, json.dumps(record, indent=2, ensure_ascii=False) + "\n")
 
 
 def to_siglip_model(model: CLIP) -> SiglipModel:

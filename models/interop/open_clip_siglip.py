@@ -102,7 +102,8 @@ def _sizes(name: str, source: str) -> dict[str, Any]:
     """Our config of one of timm's towers, read off a model without weights."""
     declare_missing_ops()  # timm imports torchvision
     import timm
-    from timm.layers import AttentionPoolLatent, GELUTanh
+    from timm.layers.activations import GELUTanh
+    from timm.layers.attention_pool import AttentionPoolLatent
 
     if not timm.is_model(name):
         raise ConfigError(f"{source}: timm has no {name}; it may be too old: pip install -U timm")

@@ -2,8 +2,8 @@
 
 import importlib.util
 import json
-import pickle
 import shutil
+from multiprocessing.reduction import ForkingPickler
 from pathlib import Path
 
 import numpy as np
@@ -83,7 +83,7 @@ def test_siglips_own_sentencepiece(tmp_path: Path) -> None:
     tokenizer = FolderTokenizer(tmp_path, 12)
     np.testing.assert_array_equal(tokenizer(TEXTS), expected)
     np.testing.assert_array_equal(tokenizer("A DOG, the_left!"), tokenizer("a dog theleft"))  # its canonical form
-    np.testing.assert_array_equal(pickle.loads(pickle.dumps(tokenizer))(TEXTS), expected)
+    np.testing.assert_array_equal(ForkingPickler.loads(ForkingPickler.dumps(tokenizer))(TEXTS), expected)
 
 
 def test_a_file_alone_is_what_it_says(tmp_path: Path) -> None:
@@ -119,9 +119,9 @@ def test_siglips_class_without_its_vocabulary_is_what_tokenizer_json_says(tmp_pa
 def test_it_goes_to_a_process_without_its_folder(tmp_path: Path) -> None:
     tokenizer = FolderTokenizer(write_words(tmp_path / "gone"), LENGTH, "lower")
     expected = tokenizer(TEXTS)
-    sent = pickle.dumps(tokenizer)
+    sent = ForkingPickler.dumps(tokenizer)
     shutil.rmtree(tmp_path / "gone")
-    np.testing.assert_array_equal(pickle.loads(sent)(TEXTS), expected)
+    np.testing.assert_array_equal(ForkingPickler.loads(sent)(TEXTS), expected)
 
 
 def test_by_name(tmp_path: Path) -> None:

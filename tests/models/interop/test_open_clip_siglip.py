@@ -13,6 +13,7 @@ from timm.models import _registry
 from timm.models.vision_transformer import VisionTransformer
 
 from mmfoundry.models.clip import CLIP
+from mmfoundry.models.interop.clip_folders import save_for_open_clip
 from mmfoundry.models.interop.load import OPEN_CLIP_CONFIG, load_any_clip
 from mmfoundry.models.interop.open_clip import (
     from_open_clip,
@@ -23,6 +24,8 @@ from mmfoundry.models.interop.open_clip import (
 )
 from mmfoundry.models.lock import lock_image_tower, lock_text_tower
 from mmfoundry.pipeline.errors import ConfigError, DamagedInput
+from mmfoundry.stages.release_check import check_open_clip
+from tests.data.test_caption_tokenizer import write_words
 from tests.models.tiny import SIGLIP, pairs, tiny_siglip
 from tests.models.tiny import tokens as captions
 
@@ -160,6 +163,20 @@ def test_locked_groups_end_with_the_head(tower: str) -> None:
                 *expected
             }
             assert any(name.startswith("norm") for name in learns) == (unlocked >= 2)
+
+
+def test_a_folder_for_open_clip_says_the_same_there(tmp_path: Path) -> None:
+    write_words(tmp_path / "words")
+    text = MODEL_CFG["text_cfg"] | {
+        "hf_tokenizer_name": str(tmp_path / "words"),
+        "tokenizer_kwargs": {"clean": "canonicalize"},
+    }
+    ours = from_open_clip({**MODEL_CFG, "custom_text": True, "text_cfg": text}, their_model().state_dict())
+    save_for_open_clip(ours, tmp_path / "released")
+    assert check_open_clip(tmp_path / "released", ours) < 1e-4
+    again = load_any_clip(tmp_path / "released")
+    assert again.config.text_cfg.hf_tokenizer_name == str(tmp_path / "released")
+    assert torch.equal(our_logits(again, batch_of()), our_logits(ours, batch_of()))
 
 
 def test_what_is_refused(tmp_path: Path) -> None:
