@@ -11,7 +11,7 @@ from mmfoundry.data.decode import UnreadableSample
 from mmfoundry.data.gather import Batch
 from mmfoundry.data.ragged import Ragged
 from mmfoundry.data.sample import Sample
-from mmfoundry.data.text import CONTEXT_LENGTH, choose_caption, clip_tokenizer
+from mmfoundry.data.text import CONTEXT_LENGTH, CaptionTokenizer, choose_caption, clip_tokenizer
 from mmfoundry.data.transforms import TrainTransform
 from mmfoundry.pipeline.errors import ConfigError
 
@@ -28,6 +28,7 @@ class PairEncoder:
         ratio: tuple[float, float] = (3 / 4, 4 / 3),
         horizontal_flip: float = 0.0,
         vocab_size: int | None = None,
+        tokenizer: CaptionTokenizer | None = None,
         stored: Mapping[str, tuple[str, str]] | None = None,
     ):
         """Fix the augmentation and load the tokenizer.
@@ -39,6 +40,7 @@ class PairEncoder:
             ratio: width / height of a crop.
             horizontal_flip: probability of mirroring.
             vocab_size: ids that the model knows; None: not checked.
+            tokenizer: the model's own, of that context length; None: CLIP's.
             stored: teacher -> the fields of a sample's JSON with its embedding of the picture and of the captions.
         Raises:
             ConfigError: an impossible crop, or a model of another tokenizer.
@@ -46,17 +48,18 @@ class PairEncoder:
         self._transform = TrainTransform(image_size, scale, ratio)
         self._flip = horizontal_flip
         self._stored = dict(stored or {})
-        self._tokenizer = clip_tokenizer(context_length)
-        if vocab_size is not None and vocab_size != self._tokenizer.vocab_size:
-            raise ConfigError(
-                f"model.text_cfg.vocab_size is {vocab_size}, but CLIP's tokenizer has {self._tokenizer.vocab_size} ids"
-            )
+        self._tokenizer = tokenizer or clip_tokenizer(context_length)
+        ids = self._tokenizer.vocab_size
+        if tokenizer is None and vocab_size is not None and vocab_size != ids:
+            raise ConfigError(f"model.text_cfg.vocab_size is {vocab_size}, but CLIP's tokenizer has {ids} ids")
+        if tokenizer is not None and vocab_size is not None and vocab_size < ids:  # models may have spare ones
+            raise ConfigError(f"model.text_cfg.vocab_size is {vocab_size}, but the model's tokenizer has {ids} ids")
 
     def __call__(self, sample: Sample, rng: np.random.Generator) -> dict[str, Any]:
         """Encode one sample.
 
         Returns:
-            image: uint8 (3, image_size, image_size); text: `Ragged` int32, at most context_length ids; __key__: the
+            image: uint8 (3, image_size, image_size); text: `Ragged` int32, what the tokenizer encodes; __key__: the
             sample's key; of each stored teacher, teacher_image/<name> and teacher_text/<name>: float32.
         Raises:
             UnreadableSample: it has no caption, or not the embeddings that it should have.
@@ -92,6 +95,7 @@ def _numbers(sample: Sample, field: str, ndim: int) -> np.ndarray:
 def pad_text(batch: Batch) -> Batch:
     """Captions as one tensor (b, longest), 0 behind each; a `finish` of the loader.
 
-    Under a causal mask, read at the end of text, padding changes neither features nor gradients.
+    Under a causal mask, read at the end of text, padding changes neither features nor gradients. Captions of models
+    that read their padding come padded from their tokenizer, all equally long.
     """
     return batch | {"text": batch["text"].padded()}

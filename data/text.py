@@ -18,12 +18,49 @@ CONTEXT_LENGTH = 77  # tokens, of OpenAI's CLIP
 _load_lock = Lock()
 
 
-class ClipTokenizer:
-    """CLIP's byte-pair encoding (open_clip's `SimpleTokenizer`): 49,408 ids, lower case, start and end marked.
+class CaptionTokenizer:
+    """What turns captions into ids.
 
     A caption's ids are remembered: corpora repeat their captions every epoch, and splitting one costs more than
     decoding a small picture.
+
+    Attributes:
+        context_length: tokens a caption is cut or padded to.
+        vocab_size: number of ids.
     """
+
+    vocab_size: int
+
+    def __init__(self, context_length: int, cached_captions: int):
+        """Remember the ids of so many captions, the least recently used going first."""
+        self.context_length = context_length
+        self._cached = lru_cache(maxsize=cached_captions)(self._read_only)
+        self._cached_captions = cached_captions
+
+    def encode(self, text: str) -> np.ndarray:
+        """Ids of one caption: int32 (at most context_length,), read-only; padded only if its padding is read."""
+        return self._cached(text)
+
+    def _read_only(self, text: str) -> np.ndarray:
+        ids = self._encode(text)
+        ids.flags.writeable = False
+        return ids
+
+    def _encode(self, text: str) -> np.ndarray:
+        raise NotImplementedError
+
+    def __call__(self, texts: str | Sequence[str]) -> np.ndarray:
+        """Ids of captions: int32 (n, context_length), 0 behind what `encode` gives; one string counts as n = 1."""
+        rows = [texts] if isinstance(texts, str) else texts
+        ids = np.zeros((len(rows), self.context_length), np.int32)
+        for row, text in enumerate(rows):
+            encoded = self._cached(text)
+            ids[row, : len(encoded)] = encoded
+        return ids
+
+
+class ClipTokenizer(CaptionTokenizer):
+    """CLIP's byte-pair encoding (open_clip's `SimpleTokenizer`): 49,408 ids, lower case, start and end marked."""
 
     def __init__(self, context_length: int = CONTEXT_LENGTH, cached_captions: int = 1 << 16):
         """Load the vocabulary.
@@ -38,37 +75,16 @@ class ClipTokenizer:
             raise ConfigError(
                 f"a context length of {context_length} tokens has no room for start and end; use 2 or more"
             )
-        self.context_length = context_length
+        super().__init__(context_length, cached_captions)
         self._base = _words()
-        self._cached = lru_cache(maxsize=cached_captions)(self._encode)
-        self._cached_captions = cached_captions
+        self.vocab_size = int(self._base.vocab_size)  # the last id marks the end
 
     def __reduce__(self) -> tuple[Any, ...]:
         return ClipTokenizer, (self.context_length, self._cached_captions)  # another process loads it for itself
 
-    @property
-    def vocab_size(self) -> int:
-        """Number of ids; the last one marks the end."""
-        return int(self._base.vocab_size)
-
-    def encode(self, text: str) -> np.ndarray:
-        """Ids of one caption with start and end, not padded: int32 (at most context_length,), read-only."""
-        return self._cached(text)
-
     def _encode(self, text: str) -> np.ndarray:
         base = self._base
-        ids = np.array([base.sot_token_id, *base.encode(text)[: self.context_length - 2], base.eot_token_id], np.int32)
-        ids.flags.writeable = False
-        return ids
-
-    def __call__(self, texts: str | Sequence[str]) -> np.ndarray:
-        """Ids of captions: int32 (n, context_length), padded with 0 behind the end mark; one string counts as n = 1."""
-        rows = [texts] if isinstance(texts, str) else texts
-        ids = np.zeros((len(rows), self.context_length), np.int32)
-        for row, text in enumerate(rows):
-            encoded = self._cached(text)
-            ids[row, : len(encoded)] = encoded
-        return ids
+        return np.array([base.sot_token_id, *base.encode(text)[: self.context_length - 2], base.eot_token_id], np.int32)
 
 
 @lru_cache(maxsize=8)

@@ -2,7 +2,7 @@
 
 import math
 import threading
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Literal
 
 import numpy as np
 from PIL import Image
@@ -135,7 +135,8 @@ class TrainTransform:
 
 
 class EvalTransform:
-    """Shortest side to `image_size`, then the centre square: the pixels of open_clip's `image_transform`.
+    """Shortest side to `image_size`, then the centre square: the pixels of open_clip's `image_transform`; or, as SigLIP
+    wants it, both sides squashed to `image_size`.
 
     Of grey and RGB pictures bit for bit; others open_clip converts to RGB after resizing, we before (of CMYK that moves
     a value by at most 2; open_clip shows what lies under a clear pixel and resizes palettes without smoothing).
@@ -146,10 +147,10 @@ class EvalTransform:
     memory, and next to nothing of its ends would be seen.
     """
 
-    def __init__(self, image_size: int):
+    def __init__(self, image_size: int, resize_mode: Literal["shortest", "squash"] = "shortest"):
         if image_size < 1:
             raise ConfigError(f"an image size of {image_size} pixels; needs at least 1")
-        self.image_size = image_size
+        self.image_size, self._squash = image_size, resize_mode == "squash"
 
     def __call__(self, image: np.ndarray | LazyImage) -> np.ndarray:
         """Resize and cut.
@@ -164,6 +165,8 @@ class EvalTransform:
         image = without_ends(image.pixels if isinstance(image, LazyImage) else image)
         height, width = image.shape[:2]
         size = self.image_size
+        if self._squash:
+            return _chw(resize(image, size, size))
         if width <= height:
             image = resize(image, int(size * height / width), size)
         else:

@@ -25,7 +25,7 @@ def embed_pictures(clip: Clip, samples: Samples, runtime: Runtime, batch_size: i
     Returns:
         (n, D), rows L2-normalised, the same on every rank.
     """
-    transform = EvalTransform(clip.image_size)
+    transform = EvalTransform(clip.image_size, clip.resize_mode)
     mine = range(runtime.rank, len(samples), runtime.world_size)
     parts = []
     for start in range(0, len(mine), batch_size):

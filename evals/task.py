@@ -34,11 +34,13 @@ class Clip:
         encode_image: uint8 (b, 3, image_size, image_size) to float (b, D), L2-normalised.
         encode_text: b texts to float (b, D), L2-normalised.
         image_size: side of the square that `encode_image` wants, pixels.
+        resize_mode: how a picture becomes one; see `EvalTransform`.
     """
 
     encode_image: Callable[[Tensor], Tensor]
     encode_text: Callable[[list[str]], Tensor]
     image_size: int
+    resize_mode: Literal["shortest", "squash"] = "shortest"
 
 
 @dataclass(frozen=True)

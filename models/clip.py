@@ -1,18 +1,18 @@
-"""CLIP: two towers, one embedding space (Radford et al. 2021, arXiv 2103.00020).
+"""CLIP: two towers, one embedding space (Radford et al. 2021, arXiv 2103.00020); SigLIP is one with other towers.
 
-Configs use open_clip's keys; module and parameter names are those of transformers' `CLIPModel`, so that its
-checkpoints load by name and adapters made on one load on the other.
+Configs use open_clip's keys; module and parameter names are those of transformers' `CLIPModel` and `SiglipModel`, so
+that their checkpoints load by name and adapters made on one load on the other.
 """
 
 from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import torch
 import torch.nn.functional as F
-from pydantic import Field
+from pydantic import Field, model_validator
 from torch import Tensor, nn
 
 from mmfoundry.models.initialise import init_text_tower, init_vision_tower
@@ -31,6 +31,11 @@ class PreprocessConfig(Config):
     )
     std: tuple[float, float, float] = Field(
         (0.26862954, 0.26130258, 0.27577711), description="standard deviation of each channel, pixels in 0..1"
+    )
+    resize_mode: Literal["shortest", "squash"] = Field(
+        "shortest",
+        description="how evaluations fit a picture: shortest: the shortest side, then the centre square; squash: "
+        "both sides, as SigLIP; training draws a crop and squashes that",
     )
 
 
@@ -52,6 +57,21 @@ class ClipConfig(Config):
         100.0, gt=0, description="the inverse temperature is held at or below this; None: not held"
     )
 
+    @model_validator(mode="after")
+    def _fits_together(self) -> ClipConfig:
+        if self.vision_cfg.pool_type == "map" and self.vision_cfg.width != self.embed_dim:
+            raise ValueError(
+                f"embed_dim {self.embed_dim} is not vision_cfg.width {self.vision_cfg.width}: where pool_type is map, "
+                "nothing is projected behind it"
+            )
+        if self.text_cfg.proj_type == "none" and self.text_cfg.width != self.embed_dim:
+            raise ValueError(
+                f"text_cfg.proj_type is none, but width {self.text_cfg.width} is not embed_dim {self.embed_dim}"
+            )
+        if self.quick_gelu and "tanh" in (self.vision_cfg.act_kwargs.approximate, self.text_cfg.act_kwargs.approximate):
+            raise ValueError("quick_gelu and act_kwargs.approximate are two activations: leave one out")
+        return self
+
 
 class ClipOutput(NamedTuple):
     """What a contrastive objective reads. A tuple, because ZeRO-3 looks for a module's outputs in those only.
@@ -70,15 +90,20 @@ class ClipOutput(NamedTuple):
 
 
 class CLIP(nn.Module):
-    """A CLIP with transformers' parameter names."""
+    """A CLIP with transformers' parameter names.
+
+    A projection is None where its tower has a head of its own, as SigLIP's do, or nothing behind its last norm.
+    """
 
     def __init__(self, config: ClipConfig):
         super().__init__()
         self.config = config
-        self.text_model = TextTower(config.text_cfg, quick_gelu=config.quick_gelu)
-        self.vision_model = VisionTower(config.vision_cfg, quick_gelu=config.quick_gelu)
-        self.visual_projection = nn.Linear(config.vision_cfg.width, config.embed_dim, bias=False)
-        self.text_projection = nn.Linear(config.text_cfg.width, config.embed_dim, bias=False)
+        vision, text, width = config.vision_cfg, config.text_cfg, config.embed_dim
+        self.text_model = TextTower(text, embed_dim=width, quick_gelu=config.quick_gelu)
+        self.vision_model = VisionTower(vision, quick_gelu=config.quick_gelu)
+        self.visual_projection = nn.Linear(vision.width, width, bias=False) if vision.pool_type == "tok" else None
+        plain = text.proj_type == "linear" and not text.proj_bias
+        self.text_projection = nn.Linear(text.width, width, bias=False) if plain else None
         self.logit_scale = nn.Parameter(torch.tensor(config.init_logit_scale))
         self.logit_bias: nn.Parameter | None = None
         if config.init_logit_bias is not None:
@@ -109,15 +134,16 @@ class CLIP(nn.Module):
     def pixels(self, images: Tensor) -> Tensor:
         """Normalise (b, 3, side, side) uint8 pictures as this model wants them, in its dtype."""
         preprocess = self.config.preprocess_cfg
-        return to_pixels(images, preprocess.mean, preprocess.std).to(self.visual_projection.weight.dtype)
+        dtype = self.vision_model.embeddings.patch_embedding.weight.dtype
+        return to_pixels(images, preprocess.mean, preprocess.std).to(dtype)
 
     def encode_image(self, pixels: Tensor) -> Tensor:
         """Embed normalised float pixels (b, 3, side, side); (b, D), L2-normalised, at least fp32."""
-        return F.normalize(at_least_fp32(self.visual_projection(self.vision_model(pixels))), dim=-1)
+        return _embedding(self.vision_model(pixels), self.visual_projection)
 
     def encode_text(self, tokens_bL: Tensor) -> Tensor:
         """Embed token ids (b, L); (b, D), L2-normalised, at least fp32."""
-        return F.normalize(at_least_fp32(self.text_projection(self.text_model(tokens_bL))), dim=-1)
+        return _embedding(self.text_model(tokens_bL), self.text_projection)
 
     def vision_tokens(self, pixels: Tensor, layer: int = -1) -> Tensor:
         """Patch vectors (b, patches, width) of the vision tower after a block; see `VisionTower.tokens`."""
@@ -138,10 +164,17 @@ class CLIP(nn.Module):
         return [*self.vision_model.encoder.blocks(), *self.text_model.encoder.blocks()]
 
     def no_weight_decay(self) -> set[str]:
-        """Names of the parameters that should not decay: norms, biases, positions, class token, scale."""
+        """Names of the parameters that should not decay: norms, biases, positions, class token or probe, scale."""
         embeddings = (self.vision_model.embeddings, self.text_model.embeddings)
-        positions = {id(each.position_embedding.weight) for each in embeddings}
-        return {name for name, each in self.named_parameters() if each.ndim < 2 or id(each) in positions}
+        spared = {id(each.position_embedding.weight) for each in embeddings}
+        if self.vision_model.head is not None:
+            spared.add(id(self.vision_model.head.probe))
+        return {name for name, each in self.named_parameters() if each.ndim < 2 or id(each) in spared}
+
+
+def _embedding(pooled: Tensor, projection: nn.Linear | None) -> Tensor:
+    """A tower's output in the joint space, L2-normalised, at least fp32."""
+    return F.normalize(at_least_fp32(pooled if projection is None else projection(pooled)), dim=-1)
 
 
 def at_least_fp32(x: Tensor) -> Tensor:

@@ -21,16 +21,18 @@ def vision_flops(config: ClipConfig) -> tuple[int, int]:
     """Operations of one picture's forward pass: all of them, and those of the patch embedding among them."""
     vision = config.vision_cfg
     patches = 2 * vision.num_patches * 3 * vision.patch_size**2 * vision.width
-    hidden = int(vision.width * vision.mlp_ratio)
-    blocks = _pooled_blocks(vision.layers, vision.num_patches + 1, vision.width, hidden)
-    return patches + blocks + 2 * vision.width * config.embed_dim, patches
+    positions, width, hidden = vision.num_patches + vision.num_prefix, vision.width, vision.mlp_hidden
+    if vision.pool_type == "map":  # the head is shaped as a block of which one position is wanted
+        blocks = vision.layers * _block(positions, positions, width, hidden) + _block(positions, 1, width, hidden)
+        return patches + blocks, patches
+    return patches + _pooled_blocks(vision.layers, positions, width, hidden) + 2 * width * config.embed_dim, patches
 
 
 def text_flops(config: ClipConfig, length: int) -> int:
     """Operations of the forward pass of one caption of `length` positions."""
     text = config.text_cfg
-    blocks = _pooled_blocks(text.layers, length, text.width, int(text.width * text.mlp_ratio))
-    return blocks + 2 * text.width * config.embed_dim
+    blocks = _pooled_blocks(text.layers, length, text.width, text.mlp_hidden)
+    return blocks + (2 * text.width * config.embed_dim if text.proj_type == "linear" else 0)
 
 
 def _pooled_blocks(layers: int, positions: int, width: int, hidden: int) -> int:
@@ -60,7 +62,7 @@ def clip_work(model: CLIP) -> Callable[[Mapping[str, Any]], Work]:
     image_all, patches = vision_flops(config)
     image = _with_backward(image_all, patches, model.vision_model)
     trains_text = any(weight.requires_grad for weight in model.text_model.parameters())
-    positions = config.vision_cfg.num_patches + 1
+    positions = config.vision_cfg.num_patches + config.vision_cfg.num_prefix
 
     def work(batch: Mapping[str, Any]) -> Work:
         rows, length = batch["text"].shape

@@ -1,4 +1,6 @@
-"""A CLIP on disk, our own layout: `config.json` (what it is, and the seed it started from), `model.safetensors`."""
+"""A CLIP on disk, our own layout: `config.json` (what it is, and the seed it started from), `model.safetensors`, and
+the files of its tokenizer where that is not CLIP's.
+"""
 
 from __future__ import annotations
 
@@ -15,10 +17,20 @@ from mmfoundry.models.clip import CLIP, ClipConfig
 from mmfoundry.pipeline.artifact import write_atomic
 from mmfoundry.pipeline.config import parse
 from mmfoundry.pipeline.errors import DamagedInput, MissingInput
+from mmfoundry.pipeline.resolve import resolve
 
 CONFIG_FILE = "config.json"
 WEIGHTS_FILE = "model.safetensors"
 FORMAT = "mmfoundry.clip"
+HERE = "."  # as hf_tokenizer_name: the model's own folder
+# of a tokenizer of transformers, as far as it has them
+TOKENIZER_FILES = (
+    "tokenizer.json",
+    "tokenizer_config.json",
+    "special_tokens_map.json",
+    "added_tokens.json",
+    "spiece.model",
+)
 
 
 def save_clip(
@@ -26,7 +38,6 @@ def save_clip(
     folder: str | Path,
     *,
     seed: int | None = None,
-    tokenizer: str = "clip",
     state: dict[str, Tensor] | None = None,
 ) -> None:
     """Write a model into a folder, each file whole or not at all.
@@ -36,18 +47,39 @@ def save_clip(
         folder: made if it is not there.
         seed: of the weights it started from (`CLIP.from_seed`), so that evaluations can rebuild the untrained model;
             None where it did not start from a seed.
-        tokenizer: what turns captions into ids: "clip" is OpenAI's byte-pair encoding.
         state: weights by parameter name, where they are not (all) in `model` itself, as under ZeRO-3.
 
     Raises:
         NotEnoughSpace: the disk is full.
+        MissingInput: its tokenizer is named, and not to be had.
     """
     folder = Path(folder)
     tensors = {name: value.detach().cpu().contiguous() for name, value in (state or model.state_dict()).items()}
     write_atomic(folder / WEIGHTS_FILE, save(tensors, metadata={"format": "pt"}))
     config = model.config.model_dump(mode="json")
+    name = model.config.text_cfg.hf_tokenizer_name
+    if name is not None:
+        copy_tokenizer(name, folder)
+        config["text_cfg"]["hf_tokenizer_name"] = HERE
+    tokenizer = "clip" if name is None else "transformers"
     record = {"format": FORMAT, "init_seed": seed, "tokenizer": tokenizer, "model": config}
     write_atomic(folder / CONFIG_FILE, json.dumps(record, indent=2) + "\n")
+
+
+def copy_tokenizer(name: str, folder: Path) -> None:
+    """Copy a tokenizer's files, each whole or not at all, unless they are there already.
+
+    Args:
+        name: folder or hub id that has them.
+        folder: made if it is not there.
+
+    Raises:
+        MissingInput: there is no such folder, or the hub cannot be reached.
+    """
+    source = resolve(name)
+    for file in (source / each for each in TOKENIZER_FILES):
+        if file.is_file() and source.resolve() != folder.resolve():
+            write_atomic(folder / file.name, file.read_bytes())
 
 
 def load_clip(folder: str | Path) -> CLIP:
@@ -135,4 +167,7 @@ def _read_config(folder: Path) -> tuple[dict[str, Any], ClipConfig]:
         raise DamagedInput(f"{file}: not JSON ({error})") from error
     if not isinstance(record, dict) or record.get("format") != FORMAT or not isinstance(record.get("model"), dict):
         raise DamagedInput(f"{file}: not the config of one of our CLIPs (format is not {FORMAT!r})")
+    text = record["model"].get("text_cfg")
+    if isinstance(text, dict) and text.get("hf_tokenizer_name") == HERE:
+        text["hf_tokenizer_name"] = str(folder)
     return record, parse(ClipConfig, record["model"], source=file, prefix="model")

@@ -16,8 +16,8 @@ Group = Sequence[nn.Module | nn.Parameter]
 def lock_image_tower(model: CLIP, unlocked_groups: int = 0) -> None:
     """Freeze the vision tower and its projection (LiT, arXiv 2111.07991), but for the last groups.
 
-    Groups, as open_clip counts them, from the end: the projection; the last block with the norm behind it; each
-    earlier block; the embeddings with the norm behind them.
+    Groups, as open_clip counts them, from the end: the projection (SigLIP's towers: the head); the last block with the
+    norm behind it; each earlier block; the embeddings with the norm behind them.
 
     Args:
         model: changed in place; the text tower, scale and bias stay as they are.
@@ -28,7 +28,8 @@ def lock_image_tower(model: CLIP, unlocked_groups: int = 0) -> None:
     """
     tower = model.vision_model
     first: Group = [tower.embeddings, tower.pre_layrnorm]
-    groups = _groups(first, list(tower.encoder.layers), tower.post_layernorm, model.visual_projection)
+    last = model.visual_projection or tower.head
+    groups = _groups(first, list(tower.encoder.layers), tower.post_layernorm, last)
     _lock(groups, unlocked_groups, "lock_image_unlocked_groups")
 
 
@@ -43,7 +44,8 @@ def lock_text_tower(model: CLIP, unlocked_layers: int = 0) -> None:
         ConfigError: there are fewer groups.
     """
     tower = model.text_model
-    groups = _groups([tower.embeddings], list(tower.encoder.layers), tower.final_layer_norm, model.text_projection)
+    last = model.text_projection or tower.head
+    groups = _groups([tower.embeddings], list(tower.encoder.layers), tower.final_layer_norm, last)
     _lock(groups, unlocked_layers, "lock_text_unlocked_layers")
 
 
@@ -60,13 +62,14 @@ def take_towers(trained: CLIP, fresh: CLIP, which: Literal["image", "text"]) -> 
         "text": ("text_model", "text_projection"),
     }[which]
     for name in (tower, projection):
-        fresh.get_submodule(name).load_state_dict(trained.get_submodule(name).state_dict())
+        if getattr(trained, name) is not None:
+            fresh.get_submodule(name).load_state_dict(trained.get_submodule(name).state_dict())
     return fresh
 
 
-def _groups(first: Group, blocks: list[nn.Module], norm: nn.Module, projection: nn.Module) -> list[Group]:
+def _groups(first: Group, blocks: list[nn.Module], norm: nn.Module, projection: nn.Module | None) -> list[Group]:
     middle: list[Group] = [[block] for block in blocks[:-1]]
-    return [first, *middle, [*blocks[-1:], norm], [projection]]
+    return [first, *middle, [*blocks[-1:], norm], *([] if projection is None else [[projection]])]
 
 
 def _lock(groups: list[Group], unlocked: int, key: str) -> None:

@@ -32,10 +32,10 @@ class TowerRates(Config):
 def clip_param_groups(
     model: CLIP, weight_decay: float, rates: TowerRates | None = None, hidden_apart: bool = False
 ) -> list[ParamGroup]:
-    """The groups to train a CLIP with: norms, biases, positions, class token, temperature and bias are not decayed.
+    """The groups to train a CLIP with; norms, biases, positions, class token, probe, scale do not decay.
 
-    Layer decay counts as BEiT's (Bao et al. 2021, arXiv 2106.08254) and EVA-CLIP's do: the projection and the last norm
-    learn at the full rate, the top block at `layer_decay` times it, the embeddings, below all blocks, slowest.
+    Layer decay counts as BEiT's (Bao et al. 2021, arXiv 2106.08254) and EVA-CLIP's do: the projection, a tower's head
+    and its last norm learn at the full rate, the top block at `layer_decay` times it, the embeddings slowest.
 
     Args:
         model: frozen parameters are left out.
@@ -50,8 +50,10 @@ def clip_param_groups(
     scale: dict[int, tuple[str, float]] = {}
     scale |= _tower(model.vision_model, "image", rates.image)
     scale |= _tower(model.text_model, "text", rates.text)
-    scale |= {id(model.visual_projection.weight): ("image", rates.image.lr_scale)}
-    scale |= {id(model.text_projection.weight): ("text", rates.text.lr_scale)}
+    if model.visual_projection is not None:
+        scale |= {id(model.visual_projection.weight): ("image", rates.image.lr_scale)}
+    if model.text_projection is not None:
+        scale |= {id(model.text_projection.weight): ("text", rates.text.lr_scale)}
     uniform = rates == TowerRates()
     blocks = (model.vision_model.encoder, model.text_model.encoder)
     hidden = {id(weight) for encoder in blocks for weight in encoder.parameters()}

@@ -1,22 +1,34 @@
-"""The text tower of a CLIP: a causal transformer read at the end-of-text token (Radford et al. 2021)."""
+"""The text tower of a CLIP: a causal transformer read at the end-of-text token (Radford et al. 2021), or, as SigLIP's,
+one that sees all of its fixed length, padding too, and is read at the last position (Zhai et al. 2023).
+"""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Literal
 
 import numpy as np
 import torch
 from pydantic import Field, model_validator
 from torch import Tensor, nn
 
-from mmfoundry.models.transformer import Encoder
+from mmfoundry.models.transformer import ActivationConfig, Encoder, NormConfig, activation_of
 from mmfoundry.pipeline.config import Config
 
 # Shape suffixes: b = batch, L = positions of a caption, D = width of the tower
 
 
+class TokenizerConfig(Config):
+    """What is done to a caption before `hf_tokenizer_name` reads it, in open_clip's keys."""
+
+    clean: Literal["whitespace", "lower", "canonicalize"] = Field(
+        "whitespace",
+        description="all mend broken Unicode and HTML escapes; lower: to lower case; canonicalize: no punctuation, too",
+    )
+
+
 class TextConfig(Config):
-    """A causal text transformer, in open_clip's keys."""
+    """A text transformer, in open_clip's keys."""
 
     context_length: int = Field(77, ge=2, description="longest caption, tokens, start and end tokens counted")
     vocab_size: int = Field(49408, ge=3, description="number of token ids; the highest is the end-of-text token")
@@ -24,12 +36,42 @@ class TextConfig(Config):
     heads: int = Field(8, ge=1, description="number of attention heads; divides width")
     layers: int = Field(12, ge=1, description="number of transformer blocks")
     mlp_ratio: float = Field(4.0, gt=0, description="hidden width of a block's MLP over width")
+    no_causal_mask: bool = Field(False, description="every position sees all others, padding among them; SigLIP: true")
+    pool_type: Literal["argmax", "last"] = Field(
+        "argmax", description="what is read: argmax: the end-of-text token; last: the last position, as SigLIP"
+    )
+    proj_type: Literal["linear", "none"] = Field(
+        "linear", description="none: what is read is the embedding, so that width is embed_dim"
+    )
+    proj_bias: bool = Field(False, description="the projection has a bias, as SigLIP's")
+    norm_kwargs: NormConfig = Field(NormConfig(), description="of every LayerNorm")
+    act_kwargs: ActivationConfig = Field(ActivationConfig(), description="of every GELU")
+    hf_tokenizer_name: str | None = Field(
+        None, description="folder or hub id with the files of transformers' tokenizer; null: CLIP's byte-pair encoding"
+    )
+    tokenizer_kwargs: TokenizerConfig | None = Field(
+        None, description="for hf_tokenizer_name; null: captions go to the tokenizer as they are"
+    )
 
     @model_validator(mode="after")
     def _divides(self) -> TextConfig:
         if self.width % self.heads:
             raise ValueError(f"heads {self.heads} do not divide width {self.width}")
+        if self.hf_tokenizer_name is None and self.tokenizer_kwargs is not None:
+            raise ValueError("tokenizer_kwargs is for a tokenizer of transformers: give hf_tokenizer_name")
+        if self.proj_bias and self.proj_type == "none":
+            raise ValueError("proj_bias is of a projection, but proj_type is none")
         return self
+
+    @property
+    def mlp_hidden(self) -> int:
+        """Hidden width of a block's MLP."""
+        return int(self.width * self.mlp_ratio)
+
+    @property
+    def reads_padding(self) -> bool:
+        """Whether what follows a caption's end matters, so that captions must not be cut behind it."""
+        return self.no_causal_mask or self.pool_type == "last"
 
 
 class TextEmbeddings(nn.Module):
@@ -47,40 +89,57 @@ class TextEmbeddings(nn.Module):
 
 
 class TextTower(nn.Module):
-    """transformers' CLIPTextModel, parameter for parameter."""
+    """transformers' CLIPTextModel, or SiglipTextModel where `proj_bias` is set, parameter for parameter."""
 
-    def __init__(self, config: TextConfig, *, quick_gelu: bool = False):
+    def __init__(self, config: TextConfig, *, embed_dim: int, quick_gelu: bool = False):
+        """`embed_dim`: width of the joint embedding, for the projection that has a bias and so is this tower's head."""
         super().__init__()
         self.config = config
         self.groups = 1  # of captions of like length, which go through the tower one group after the other
+        eps = config.norm_kwargs.eps
+        activation = activation_of(quick_gelu, config.act_kwargs)
         self.embeddings = TextEmbeddings(config)
-        self.encoder = Encoder(config.width, config.heads, config.layers, config.mlp_ratio, quick_gelu)
-        self.final_layer_norm = nn.LayerNorm(config.width)
+        self.encoder = Encoder(config.width, config.heads, config.layers, config.mlp_hidden, activation, eps)
+        self.final_layer_norm = nn.LayerNorm(config.width, eps)
+        self.head = nn.Linear(config.width, embed_dim) if config.proj_bias else None
 
     def forward(self, tokens_bL: Tensor) -> Tensor:
-        """The end-of-text position after the last block and norm.
+        """The position that is read, after the last block and norm.
 
         Args:
-            tokens_bL: integer ids, at most context_length of them a row; what follows the end of text is ignored.
+            tokens_bL: integer ids, at most context_length of them a row; what follows the end of text is ignored,
+                unless the tower reads its padding: then each row has context_length of them.
 
         Returns:
-            (b, D); not projected, not L2-normalised.
+            (b, D), or (b, embed_dim) where the tower has a head; not L2-normalised.
 
         Raises:
-            ValueError: the captions are longer than the tower's context.
+            ValueError: the captions are longer than the tower's context, or shorter and their padding would be read.
         """
         length, limit = tokens_bL.shape[1], self.config.context_length
         if length > limit:
             raise ValueError(f"captions of {length} tokens, but context_length is {limit}")
+        if self.config.reads_padding:
+            if length < limit:
+                raise ValueError(f"captions of {length} tokens, but this tower reads their padding: pad to {limit}")
+            return self._read(tokens_bL)
         if self.groups > 1 and len(tokens_bL) > 1:
             return self._by_length(tokens_bL)
         if tokens_bL.device.type == "cpu":  # on a GPU the length would have to be waited for: the loader trims there
             tokens_bL = trim(tokens_bL)
         return self._read(tokens_bL)
 
+    def trimmed(self, tokens_bL: Tensor) -> Tensor:
+        """A batch without the padding that this tower does not read."""
+        return tokens_bL if self.config.reads_padding else trim(tokens_bL)
+
     def _read(self, tokens_bL: Tensor) -> Tensor:
-        hidden_bD = self.encoder.pooled(self.embeddings(tokens_bL), end_of_text(tokens_bL), is_causal=True)
-        return self.final_layer_norm(hidden_bD)
+        row_b = end_of_text(tokens_bL)
+        if self.config.pool_type == "last":
+            row_b = torch.full_like(row_b, tokens_bL.shape[1] - 1)
+        causal = not self.config.no_causal_mask
+        hidden_bD = self.final_layer_norm(self.encoder.pooled(self.embeddings(tokens_bL), row_b, is_causal=causal))
+        return hidden_bD if self.head is None else self.head(hidden_bD)
 
     def _by_length(self, tokens_bL: Tensor) -> Tensor:
         """What `_read` gives, captions of like length together, each group cut behind its longest."""

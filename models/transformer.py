@@ -1,4 +1,4 @@
-"""The pre-norm transformer that both towers of a CLIP are made of, named as transformers names it.
+"""The pre-norm transformer that both towers of a CLIP or a SigLIP are made of, named as transformers names it.
 
 Two ways through it: `Encoder.forward` gives every position, `Encoder.pooled` one position a sequence. CLIP reads one
 position only (class token, end-of-text token), and of the last layer that position alone depends on nothing but the
@@ -9,21 +9,47 @@ instead of all: the same numbers, about a fifth less work in a tower of four lay
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from typing import cast
+from functools import partial
+from typing import Literal, cast
 
 import torch
 import torch.nn.functional as F
+from pydantic import Field
 from torch import Tensor, nn
 
 from mmfoundry.models.attention import attention
+from mmfoundry.pipeline.config import Config
 
 # Shape suffixes: b = batch, t = positions, r = positions whose output is wanted, h = heads, d = width of a head,
 # D = width of the tower
+
+Activation = Callable[[Tensor], Tensor]
+
+
+class NormConfig(Config):
+    """What every LayerNorm of a tower is given, in open_clip's keys."""
+
+    eps: float = Field(1e-5, gt=0, description="added to the variance; SigLIP: 1e-6")
+
+
+class ActivationConfig(Config):
+    """What every GELU of a tower is given, in open_clip's keys."""
+
+    approximate: Literal["none", "tanh"] = Field(
+        "none", description="none: the exact GELU; tanh: its approximation, as SigLIP was trained"
+    )
 
 
 def quick_gelu(x: Tensor) -> Tensor:
     """`x * sigmoid(1.702 x)`, what OpenAI's checkpoints were trained with."""
     return x * torch.sigmoid(1.702 * x)
+
+
+def activation_of(quick: bool, config: ActivationConfig) -> Activation:
+    """The activation of a tower's MLPs."""
+    if quick:
+        return quick_gelu
+    return F.gelu if config.approximate == "none" else partial(F.gelu, approximate=config.approximate)
 
 
 class SelfAttention(nn.Module):
@@ -62,7 +88,7 @@ class SelfAttention(nn.Module):
 class MLP(nn.Module):
     """Two linear layers with a GELU between them."""
 
-    def __init__(self, width: int, hidden: int, activation: Callable[[Tensor], Tensor]):
+    def __init__(self, width: int, hidden: int, activation: Activation):
         super().__init__()
         self.activation_fn = activation
         self.fc1 = nn.Linear(width, hidden)
@@ -76,12 +102,12 @@ class MLP(nn.Module):
 class EncoderLayer(nn.Module):
     """Pre-norm block: `x + attention(norm(x))`, then `x + mlp(norm(x))`."""
 
-    def __init__(self, width: int, heads: int, mlp_hidden: int, activation: Callable[[Tensor], Tensor]):
+    def __init__(self, width: int, heads: int, mlp_hidden: int, activation: Activation, eps: float):
         super().__init__()
         self.self_attn = SelfAttention(width, heads)
-        self.layer_norm1 = nn.LayerNorm(width)
+        self.layer_norm1 = nn.LayerNorm(width, eps)
         self.mlp = MLP(width, mlp_hidden, activation)
-        self.layer_norm2 = nn.LayerNorm(width)
+        self.layer_norm2 = nn.LayerNorm(width, eps)
 
     def forward(self, x_btD: Tensor, *, is_causal: bool = False, row_b: Tensor | None = None) -> Tensor:
         """Run the block.
@@ -109,11 +135,9 @@ class EncoderLayer(nn.Module):
 class Encoder(nn.Module):
     """A stack of blocks."""
 
-    def __init__(self, width: int, heads: int, layers: int, mlp_ratio: float, quick_gelu_: bool):
+    def __init__(self, width: int, heads: int, layers: int, mlp_hidden: int, activation: Activation, eps: float):
         super().__init__()
-        activation = quick_gelu if quick_gelu_ else F.gelu
-        hidden = int(width * mlp_ratio)
-        self.layers = nn.ModuleList(EncoderLayer(width, heads, hidden, activation) for _ in range(layers))
+        self.layers = nn.ModuleList(EncoderLayer(width, heads, mlp_hidden, activation, eps) for _ in range(layers))
 
     def forward(self, x_btD: Tensor, *, is_causal: bool = False, num_layers: int | None = None) -> Tensor:
         """Run the first `num_layers` blocks (default: all) on every position; (b, t, D)."""

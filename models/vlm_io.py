@@ -32,7 +32,7 @@ def build_vlm(
     """A vision-language model of a CLIP's vision tower, an untrained connector and a language model.
 
     Args:
-        clip: its vision tower is copied.
+        clip: its vision tower is copied, be it CLIP's or SigLIP's.
         language: model and tokenizer are taken over and changed: the tokenizer learns the placeholder, and the model
             gets a vector for it where it has none.
         settings: everything that can be chosen.

@@ -24,7 +24,6 @@ from mmfoundry.data.loader import Loader, Source, stack
 from mmfoundry.data.reader import Pool
 from mmfoundry.data.sample import Sample
 from mmfoundry.data.shards import write_shards
-from mmfoundry.data.text import clip_tokenizer
 from mmfoundry.data.transforms import TrainTransform
 from mmfoundry.evals.embed import Embeddings, embed_pictures
 from mmfoundry.evals.linear_probe import probe_scores
@@ -36,7 +35,6 @@ from mmfoundry.models.adapters.clip_lora import ClipLoraConfig, add_clip_lora
 from mmfoundry.models.adapters.lora import save_lora
 from mmfoundry.models.clip import CLIP
 from mmfoundry.models.interop.load import load_any_clip
-from mmfoundry.models.text import trim
 from mmfoundry.pipeline.artifact import write_atomic
 from mmfoundry.pipeline.config import ArtifactRef, Config
 from mmfoundry.pipeline.distributed import barrier
@@ -45,6 +43,7 @@ from mmfoundry.pipeline.optimizers import decay_groups
 from mmfoundry.pipeline.stage import RunContext
 from mmfoundry.pipeline.trainer import train
 from mmfoundry.pipeline.trainer_config import TrainerConfig
+from mmfoundry.stages.captions import tokenizer_of
 from mmfoundry.stages.eval import as_clip, write_examples
 from mmfoundry.stages.pretrain import data_metrics
 
@@ -253,8 +252,9 @@ def _train(
         sources = [Source(shots, 1 - config.old.share), Source(old.shots.pool, config.old.share)]
     classes = [*new.names, *(old.names if old else [])]
     words = [*new.words, *(old.words if old else [])]
-    tokenize = clip_tokenizer(model.config.text_cfg.context_length)
-    prompts = trim(torch.from_numpy(tokenize([each.replace("{}", name) for name in words for each in templates])))
+    tokenize = tokenizer_of(model.config.text_cfg)
+    asked = [each.replace("{}", name) for name in words for each in templates]
+    prompts = model.text_model.trimmed(torch.from_numpy(tokenize(asked)))
     index = {name: number for number, name in enumerate(classes)}
     transform = TrainTransform(model.config.vision_cfg.image_size, scale=config.crop_scale)
 

@@ -25,6 +25,7 @@ from mmfoundry.pipeline.ema import averaged_weights
 from mmfoundry.pipeline.errors import ConfigError
 from mmfoundry.pipeline.soups import greedy, uniform
 from mmfoundry.pipeline.stage import CHECKPOINTS, RunContext
+from mmfoundry.stages.captions import tokenizer_of
 
 EMA_FOLDER, SOUP_FOLDER = "ema", "soup"
 ROWS = 64  # pairs that are told apart at a time, when a soup is scored
@@ -99,6 +100,7 @@ class _Score:
                 scale=(1.0, 1.0),
                 ratio=(1.0, 1.0),
                 vocab_size=sides.text_cfg.vocab_size,
+                tokenizer=tokenizer_of(sides.text_cfg) if sides.text_cfg.hf_tokenizer_name else None,
             ),
             finish=pad_text,
             rank=self._runtime.rank,

@@ -17,7 +17,6 @@ from PIL import Image
 from pydantic import Field, SerializeAsAny, field_validator, model_validator
 
 from mmfoundry.data.reader import Pool
-from mmfoundry.data.text import clip_tokenizer
 from mmfoundry.evals.questions import Answer
 from mmfoundry.evals.samples import Samples, select
 from mmfoundry.evals.suite import load_suite, parse_task, selections
@@ -32,6 +31,7 @@ from mmfoundry.pipeline.errors import ConfigError, DamagedInput, MissingInput
 from mmfoundry.pipeline.registry import unknown
 from mmfoundry.pipeline.stage import RunContext, Stage
 from mmfoundry.pipeline.torchvision_ops import declare_missing_ops
+from mmfoundry.stages.captions import tokenizer_of
 
 if TYPE_CHECKING:
     from mmfoundry.pipeline.metrics import StageLog
@@ -182,7 +182,7 @@ def before_training(model: CLIP, folder: Path, seed: int) -> CLIP:
 
 def as_clip(model: CLIP) -> Clip:
     """Our CLIP as evaluations see a model: pictures as bytes, texts as strings."""
-    tokenize = clip_tokenizer(model.config.text_cfg.context_length)
+    tokenize = tokenizer_of(model.config.text_cfg)
     device = model.logit_scale.device
 
     def encode_image(pictures: torch.Tensor) -> torch.Tensor:
@@ -191,7 +191,8 @@ def as_clip(model: CLIP) -> Clip:
     def encode_text(texts: list[str]) -> torch.Tensor:
         return model.encode_text(torch.from_numpy(tokenize(texts)).to(device))
 
-    return Clip(encode_image, encode_text, model.config.vision_cfg.image_size)
+    config = model.config
+    return Clip(encode_image, encode_text, config.vision_cfg.image_size, config.preprocess_cfg.resize_mode)
 
 
 def load_answers(folder: Path, device: torch.device, untrained: bool, log: StageLog) -> tuple[Answer, Answer | None]:

@@ -16,12 +16,12 @@ import torch.nn.functional as F
 from PIL import Image
 from torch import Tensor
 
-from mmfoundry.data.text import clip_tokenizer
 from mmfoundry.data.transforms import EvalTransform
 from mmfoundry.models.interop.load import OPEN_CLIP_CONFIG
 from mmfoundry.models.io import CONFIG_FILE, FORMAT, load_clip
 from mmfoundry.pipeline.errors import ConfigError, DamagedInput, MissingInput
 from mmfoundry.pipeline.torchvision_ops import declare_missing_ops
+from mmfoundry.stages.captions import tokenizer_of
 
 Precision = Literal["auto", "fp32", "bf16", "fp16"]
 _DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
@@ -117,9 +117,9 @@ def load_encoder(
 def _ours(folder: Path, device: torch.device, precision: Precision) -> TorchEncoder:
     model = load_clip(folder).to(device)
     text = model.config.text_cfg
-    tokenize = clip_tokenizer(text.context_length)
+    tokenize = tokenizer_of(text)
     return TorchEncoder(
-        prepare=EvalTransform(model.config.vision_cfg.image_size),
+        prepare=EvalTransform(model.config.vision_cfg.image_size, model.config.preprocess_cfg.resize_mode),
         image=lambda images: model.encode_image(model.pixels(images)),
         text=lambda captions: model.encode_text(torch.from_numpy(tokenize(captions)).to(device)),
         context_length=text.context_length,

@@ -35,6 +35,7 @@ from mmfoundry.pipeline.stage import RunContext, Stage
 from mmfoundry.pipeline.trainer import train
 from mmfoundry.pipeline.trainer_config import TrainerConfig
 from mmfoundry.stages.averages import SoupConfig, write_ema, write_soup
+from mmfoundry.stages.captions import tokenizer_of
 
 SKIP_LOG = "skipped.jsonl"
 PHASE = "train"
@@ -111,7 +112,7 @@ class PretrainConfig(StageConfig):
         None, description="a CLIP to start from random weights, or open_clip's name of one; this or `initial`"
     )
     initial: ArtifactRef | None = Field(
-        None, description="a trained CLIP to go on from: a folder of ours, of transformers or of open_clip"
+        None, description="a trained CLIP or SigLIP to go on from: a folder of ours, of transformers or of open_clip"
     )
     initial_towers: Literal["both", "image", "text"] = Field(
         "both", description="which towers of `initial` are taken; the other starts from random weights, as in LiT"
@@ -177,12 +178,15 @@ def encoder_of(
     """How samples become pairs for a model, with what stored teachers say of them.
 
     Raises:
-        ConfigError: the model has another vocabulary than CLIP's tokenizer.
+        ConfigError: the model has another vocabulary than its tokenizer.
+        MissingInput: its tokenizer is not to be had.
     """
+    own = model.text_cfg.hf_tokenizer_name is not None
     return PairEncoder(
         model.vision_cfg.image_size,
         model.text_cfg.context_length,
         vocab_size=model.text_cfg.vocab_size,
+        tokenizer=tokenizer_of(model.text_cfg) if own else None,
         **augmentation.model_dump(),
         stored={name: (each.image, each.text) for name, each in (teachers or {}).items() if each.image and each.text},
     )
@@ -200,6 +204,8 @@ def run(config: PretrainConfig, context: RunContext) -> Artifact:
     if runtime.device.type == "cpu":
         keep_freed_memory()
     model, seed = _model(config, context)
+    if config.text_groups > 1 and model.config.text_cfg.reads_padding:
+        raise ConfigError("text_groups: the model reads its padding, so captions cannot be cut: leave text_groups at 1")
     model.text_model.groups = config.text_groups
     loader = Loader(
         sources_of(config.data, open_pools(config.data, config.loader, context)),

@@ -15,7 +15,6 @@ import torch
 from PIL import Image
 from torch import Tensor, nn
 
-from mmfoundry.data.text import clip_tokenizer
 from mmfoundry.data.tiles import cut_tiles
 from mmfoundry.data.transforms import EvalTransform
 from mmfoundry.models.adapters.lora import load_lora
@@ -24,6 +23,7 @@ from mmfoundry.models.vlm import VisionLanguageModel
 from mmfoundry.models.vlm_text import VlmText
 from mmfoundry.pipeline.errors import MmfoundryError
 from mmfoundry.pipeline.torchvision_ops import declare_missing_ops
+from mmfoundry.stages.captions import tokenizer_of
 
 CAPTIONS = ("a photo of a dog", "3 red apples, on the left of a cup!")
 QUESTION = "What is in the picture?"
@@ -48,7 +48,7 @@ def check_open_clip(folder: Path, clip: CLIP) -> float:
 
 
 def check_clip_model(folder: Path, clip: CLIP, adapter: Path | None = None) -> float:
-    """The largest difference between the logits of transformers' `CLIPModel` in `folder` and ours.
+    """The largest difference between the logits of transformers' `CLIPModel` or `SiglipModel` in `folder` and ours.
 
     Args:
         folder: of the released model.
@@ -58,14 +58,17 @@ def check_clip_model(folder: Path, clip: CLIP, adapter: Path | None = None) -> f
     Raises:
         MmfoundryError: its tokenizer gives other ids.
     """
-    from transformers import CLIPModel, CLIPProcessor
+    declare_missing_ops()  # transformers imports torchvision
+    from transformers import AutoModel, AutoProcessor
 
-    theirs: Any = CLIPModel.from_pretrained(folder, dtype=torch.float32)
-    processor: Any = CLIPProcessor.from_pretrained(folder, backend="pil")
+    theirs: Any = AutoModel.from_pretrained(folder, dtype=torch.float32, trust_remote_code=False)
+    processor: Any = AutoProcessor.from_pretrained(folder, backend="pil", trust_remote_code=False)
     picture = _picture(clip.config.vision_cfg.image_size)
     inputs = processor(images=picture, text=list(CAPTIONS), padding="max_length", truncation=True, return_tensors="pt")
     ours = _tokens(clip)
     behind = torch.arange(ours.shape[1]) > ours.argmax(1, keepdim=True)  # padding differs, and is not looked at
+    if clip.config.text_cfg.reads_padding:
+        behind = torch.zeros_like(behind)
     _same_ids(folder, inputs["input_ids"].masked_fill(behind, 0), ours)
     with torch.no_grad():
         found = _adapted(theirs, adapter)(**inputs).logits_per_image
@@ -123,14 +126,15 @@ def _clip_logits(clip: CLIP, picture: Image.Image, adapter: Path | None = None) 
     ours = copy.deepcopy(clip).float().eval()
     if adapter is not None:
         load_lora(ours, adapter)
-    pixels = torch.from_numpy(EvalTransform(ours.config.vision_cfg.image_size)(np.asarray(picture)))[None]
+    prepare = EvalTransform(ours.config.vision_cfg.image_size, ours.config.preprocess_cfg.resize_mode)
+    pixels = torch.from_numpy(prepare(np.asarray(picture)))[None]
     with torch.no_grad():
         output = ours({"image": pixels, "text": _tokens(clip)})
         return output.scale * output.image_bD @ output.text_bD.T + (0 if output.bias is None else output.bias)
 
 
 def _tokens(clip: CLIP) -> Tensor:
-    return torch.from_numpy(clip_tokenizer(clip.config.text_cfg.context_length)(CAPTIONS)).long()
+    return torch.from_numpy(tokenizer_of(clip.config.text_cfg)(CAPTIONS)).long()
 
 
 def _picture(side: int) -> Image.Image:

@@ -17,15 +17,15 @@ print(logits.softmax(-1))
     "clip-transformers": """
 import torch
 from PIL import Image
-from transformers import CLIPModel, CLIPProcessor
+from transformers import AutoModel, AutoProcessor
 
-model = CLIPModel.from_pretrained("clip-transformers").eval()
+model = AutoModel.from_pretrained("clip-transformers").eval()
 # backend="pil" gives the pixels that the model was trained and measured on; the default is as good and faster
-processor = CLIPProcessor.from_pretrained("clip-transformers", backend="pil")
+processor = AutoProcessor.from_pretrained("clip-transformers", backend="pil")
 inputs = processor(
     images=Image.open("picture.png").convert("RGB"),
     text=["a red apple", "a dog"],
-    padding=True,
+    padding="max_length",
     truncation=True,
     return_tensors="pt",
 )
@@ -37,15 +37,15 @@ print(logits.softmax(-1))
 import torch
 from peft import PeftModel
 from PIL import Image
-from transformers import CLIPModel, CLIPProcessor
+from transformers import AutoModel, AutoProcessor
 
-base = CLIPModel.from_pretrained("clip-transformers")
+base = AutoModel.from_pretrained("clip-transformers")
 model = PeftModel.from_pretrained(base, "clip-lora").eval()
-processor = CLIPProcessor.from_pretrained("clip-transformers", backend="pil")
+processor = AutoProcessor.from_pretrained("clip-transformers", backend="pil")
 inputs = processor(
     images=Image.open("picture.png").convert("RGB"),
     text=["a red apple", "a dog"],
-    padding=True,
+    padding="max_length",
     truncation=True,
     return_tensors="pt",
 )

@@ -1,6 +1,6 @@
 """Low-rank adapters on both towers of a CLIP and on its projections.
 
-Module names are those of transformers' CLIPModel, so the saved adapter loads there:
+Module names are those of transformers' CLIPModel and SiglipModel, so the saved adapter loads there:
 `PeftModel.from_pretrained(CLIPModel.from_pretrained("clip-transformers"), "clip-lora")`.
 """
 
@@ -27,7 +27,10 @@ class ClipLoraConfig(LoraSize):
     first_layer: dict[Tower, int] = Field(
         {"vision": 0, "text": 0}, description="first block that gets adapters; a tower that is left out gets none"
     )
-    projections: bool = Field(True, description="also the projections of these towers into the joint embedding")
+    projections: bool = Field(
+        True,
+        description="also the projections of these towers into the joint embedding; SigLIP's vision tower has none",
+    )
 
     def pattern(self, model: CLIP) -> str:
         """The regular expression over full module names that peft takes.
@@ -43,10 +46,19 @@ class ClipLoraConfig(LoraSize):
             if numbers:
                 parts.append(rf"{tower}_model\.encoder\.layers\.({numbers})\.(self_attn|mlp)\.({names})")
             if self.projections:
-                parts.append({"vision": "visual_projection", "text": "text_projection"}[tower])
+                parts += _projection(model, tower)
         if not parts:
             raise ValueError("first_layer and projections leave no layer to adapt")
         return "|".join(parts)
+
+
+def _projection(model: CLIP, tower: Tower) -> list[str]:
+    """The name of a tower's projection, as a pattern."""
+    if tower == "vision":
+        return ["visual_projection"] if model.visual_projection is not None else []
+    if model.text_projection is not None:
+        return ["text_projection"]
+    return [] if model.text_model.head is None else [r"text_model\.head"]
 
 
 def add_clip_lora(model: CLIP, config: ClipLoraConfig, seed: int) -> LoraConfig:

@@ -1,4 +1,4 @@
-"""The last step of every conversion to one of our CLIPs."""
+"""What every conversion to one of our CLIPs needs: sizes, and the last step."""
 
 from __future__ import annotations
 
@@ -21,3 +21,9 @@ def build(config: ClipConfig, weights: dict[str, Tensor], source: str) -> CLIP:
     if limit is not None and "logit_scale" in weights and float(weights["logit_scale"]) > math.log(limit) + 1e-3:
         config = config.model_copy(update={"max_logit_scale": None})
     return clip_from_state(config, weights, source)
+
+
+def ratio_of(hidden: int, width: int) -> float:
+    """`hidden / width`, or the next number above, such that `int(width * ratio)` is `hidden` again."""
+    ratio = hidden / width
+    return ratio if int(width * ratio) == hidden else math.nextafter(ratio, math.inf)

@@ -13,8 +13,9 @@ from torch import Tensor
 from mmfoundry.models.clip import CLIP
 from mmfoundry.models.interop.open_clip import from_open_clip
 from mmfoundry.models.interop.transformers_clip import from_transformers
+from mmfoundry.models.interop.transformers_siglip import from_siglip
 from mmfoundry.models.io import CONFIG_FILE, FORMAT, WEIGHTS_FILE, load_clip
-from mmfoundry.pipeline.errors import DamagedInput, MissingInput
+from mmfoundry.pipeline.errors import ConfigError, DamagedInput, MissingInput
 
 OPEN_CLIP_CONFIG = "open_clip_config.json"
 OPEN_CLIP_WEIGHTS = "open_clip_model.safetensors"
@@ -24,7 +25,7 @@ def load_any_clip(folder: str | Path) -> CLIP:
     """Read a CLIP, on the CPU, in evaluation mode. Weights are read from safetensors only.
 
     Args:
-        folder: holds `config.json` and `model.safetensors` (ours, or transformers' CLIPModel), or
+        folder: holds `config.json` and `model.safetensors` (ours, or transformers' CLIPModel or SiglipModel), or
             `open_clip_config.json` and `open_clip_model.safetensors`.
 
     Raises:
@@ -37,25 +38,43 @@ def load_any_clip(folder: str | Path) -> CLIP:
         record = _read_json(folder / OPEN_CLIP_CONFIG)
         state = _read_weights(folder / OPEN_CLIP_WEIGHTS)
         source = str(folder / OPEN_CLIP_CONFIG)
-        return from_open_clip(record.get("model_cfg", {}), state, record.get("preprocess_cfg"), source)
+        model = from_open_clip(record.get("model_cfg", {}), state, record.get("preprocess_cfg"), source)
+        return model if model.config.text_cfg.hf_tokenizer_name is None else _with_tokenizer(model, folder)
     if not (folder / CONFIG_FILE).is_file():
         raise MissingInput(f"{folder}: no CLIP here: neither {CONFIG_FILE} nor {OPEN_CLIP_CONFIG}")
     record = _read_json(folder / CONFIG_FILE)
     if record.get("format") == FORMAT:
         return load_clip(folder)
+    if record.get("model_type") == "siglip2":
+        raise ConfigError(
+            f"{folder / CONFIG_FILE}: a NaFlex SigLIP 2 (model_type siglip2): take one of fixed resolution"
+        )
+    if record.get("model_type") == "siglip":
+        weights = _read_weights(folder / WEIGHTS_FILE)
+        return _with_tokenizer(from_siglip(_with_defaults(record), weights, str(folder / CONFIG_FILE)), folder)
     if record.get("model_type") != "clip":
-        raise DamagedInput(f"{folder / CONFIG_FILE}: neither one of our CLIPs nor a CLIPModel of transformers")
+        raise DamagedInput(
+            f"{folder / CONFIG_FILE}: neither one of our CLIPs nor a CLIPModel or SiglipModel of transformers"
+        )
     return from_transformers(_with_defaults(record), _read_weights(folder / WEIGHTS_FILE), str(folder / CONFIG_FILE))
 
 
+def _with_tokenizer(model: CLIP, folder: Path) -> CLIP:
+    """The model, its captions read by the tokenizer in its folder."""
+    text = model.config.text_cfg.model_copy(update={"hf_tokenizer_name": str(folder)})
+    model.config = model.config.model_copy(update={"text_cfg": text})
+    model.text_model.config = text
+    return model
+
+
 def _with_defaults(record: dict[str, Any]) -> dict[str, Any]:
-    """A CLIPModel's config with what it leaves to transformers filled in."""
+    """The config of a model of transformers with what it leaves to that filled in."""
     from mmfoundry.pipeline.torchvision_ops import declare_missing_ops
 
     declare_missing_ops()  # transformers imports torchvision
-    from transformers import CLIPConfig
+    from transformers import CLIPConfig, SiglipConfig
 
-    return CLIPConfig(**record).to_dict()
+    return (SiglipConfig if record["model_type"] == "siglip" else CLIPConfig)(**record).to_dict()
 
 
 def _read_json(file: Path) -> dict[str, Any]:

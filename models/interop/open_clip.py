@@ -1,4 +1,7 @@
-"""CLIP to and from open_clip's `CLIP` class: its config keys are ours, its weights fuse queries, keys and values."""
+"""CLIP to and from open_clip's `CLIP` class: its config keys are ours, its weights fuse queries, keys and values.
+
+SigLIP is its `CustomTextCLIP` with a vision tower of timm's, see `open_clip_siglip`.
+"""
 
 from __future__ import annotations
 
@@ -15,6 +18,13 @@ from torch import Tensor
 
 from mmfoundry.models.clip import CLIP, ClipConfig
 from mmfoundry.models.interop.build import build
+from mmfoundry.models.interop.open_clip_siglip import (
+    SIGLIP_PREPROCESS,
+    from_trunk,
+    timm_tower,
+    timm_vision_cfg,
+    to_trunk,
+)
 from mmfoundry.pipeline.config import parse
 from mmfoundry.pipeline.errors import ConfigError, DamagedInput, UnknownName
 
@@ -33,6 +43,8 @@ _PLAIN = {
     "text_model.embeddings.position_embedding.weight": "positional_embedding",
     "text_model.final_layer_norm.weight": "ln_final.weight",
     "text_model.final_layer_norm.bias": "ln_final.bias",
+    "text_model.head.weight": "text_projection.weight",
+    "text_model.head.bias": "text_projection.bias",
     "logit_scale": "logit_scale",
     "logit_bias": "logit_bias",
 }
@@ -44,6 +56,17 @@ _LAYER = {
     "mlp.fc1": "mlp.c_fc",
     "mlp.fc2": "mlp.c_proj",
 }
+# What plain CLIPs have, which their configs need not say
+_LEFT_OUT: dict[str, Any] = {
+    "pool_type": None,
+    "no_causal_mask": False,
+    "proj_type": "linear",
+    "proj_bias": False,
+    "norm_kwargs": {"eps": 1e-5},
+    "act_kwargs": {"approximate": "none"},
+    "hf_tokenizer_name": None,
+    "tokenizer_kwargs": None,
+}
 _TOWERS = {
     "vision_model.encoder.layers": "visual.transformer.resblocks",
     "text_model.encoder.layers": "transformer.resblocks",
@@ -51,8 +74,16 @@ _TOWERS = {
 
 
 def to_open_clip_config(config: ClipConfig) -> dict[str, Any]:
-    """open_clip's `open_clip_config.json` for one of our models: `model_cfg` and `preprocess_cfg`."""
+    """open_clip's `open_clip_config.json` for one of our models: `model_cfg` and `preprocess_cfg`.
+
+    Raises:
+        ConfigError: it is a SigLIP of sizes for which open_clip has no vision tower.
+    """
     model_cfg = config.model_dump(mode="json", exclude={"preprocess_cfg", "max_logit_scale"})
+    for name in ("vision_cfg", "text_cfg"):
+        model_cfg[name] = {key: value for key, value in model_cfg[name].items() if value != _LEFT_OUT.get(key, ...)}
+    if config.vision_cfg.pool_type == "map":
+        model_cfg |= {"custom_text": True, "vision_cfg": timm_vision_cfg(config.vision_cfg)}
     if config.init_logit_bias is None:
         del model_cfg["init_logit_bias"]
     if not config.quick_gelu:
@@ -68,15 +99,21 @@ def from_open_clip_config(
 
     Args:
         model_cfg: as in open_clip's model configs.
-        preprocess_cfg: its `mean` and `std` are read, if they are there.
+        preprocess_cfg: its `mean`, `std` and `resize_mode` are read, if they are there.
         source: named in errors.
 
     Raises:
         ConfigError: the config asks for something that our CLIP does not have; the key is named.
     """
-    preprocess = {key: value for key, value in (preprocess_cfg or {}).items() if key in ("mean", "std")}
+    keys = ("mean", "std", "resize_mode")
+    preprocess = {key: value for key, value in (preprocess_cfg or {}).items() if key in keys}
     tree = {"preprocess_cfg": preprocess, **model_cfg}
-    if tree.pop("custom_text", False):
+    custom, text = tree.pop("custom_text", False), tree.get("text_cfg", {})
+    if text.get("hf_tokenizer_name"):
+        tree["text_cfg"] = {"tokenizer_kwargs": {}, **text}  # its default is to mend white space
+    if custom and (tower := timm_tower(model_cfg.get("vision_cfg", {}), source)) is not None:
+        tree |= {"vision_cfg": tower, "preprocess_cfg": SIGLIP_PREPROCESS | preprocess}
+    elif custom:
         raise ConfigError(f"{source}: custom_text models are another class of open_clip, which is not supported")
     return parse(ClipConfig, tree, source=source)
 
@@ -101,9 +138,20 @@ def to_open_clip_state(model: CLIP) -> dict[str, Tensor]:
     """Our weights as open_clip's `CLIP` loads them, with the inverse temperature as it acts: held at its limit."""
     ours = {name: value.detach() for name, value in model.state_dict().items()}
     ours["logit_scale"] = model.scale().detach().log().to(ours["logit_scale"].dtype)
+    if model.config.vision_cfg.pool_type == "map":
+        text = _to_plain(model, {name: each for name, each in ours.items() if name.startswith("text_")})
+        logits = {name: ours[name].clone() for name in ("logit_scale", "logit_bias") if name in ours}
+        return {f"text.{name}": value for name, value in text.items()} | to_trunk(ours) | logits
+    return _to_plain(model, ours)
+
+
+def _to_plain(model: CLIP, ours: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Weights, or those of one tower, under the names of open_clip's `CLIP`."""
     theirs = {_PLAIN[name]: value.clone() for name, value in ours.items() if name in _PLAIN}
     theirs |= {_TRANSPOSED[name]: value.T.contiguous() for name, value in ours.items() if name in _TRANSPOSED}
     for our_tower, their_tower in _TOWERS.items():
+        if not any(name.startswith(our_tower) for name in ours):
+            continue
         for index in range(len(model.get_submodule(our_tower))):  # type: ignore[arg-type]  # a ModuleList has a length
             our_layer, their_layer = f"{our_tower}.{index}", f"{their_tower}.{index}"
             for kind in ("weight", "bias"):
@@ -132,6 +180,10 @@ def from_open_clip(
         ConfigError: see `from_open_clip_config`.
         DamagedInput: a weight is unknown, missing, or of another shape than the config says.
     """
+    custom = model_cfg.get("custom_text", False)
+    trunk = from_trunk(state, source) if custom else {}
+    if custom:
+        state = {name.removeprefix("text."): value for name, value in state.items() if not name.startswith("visual.")}
     renamed = {theirs: ours for ours, theirs in _PLAIN.items()}
     transposed = {theirs: ours for ours, theirs in _TRANSPOSED.items()}
     ours: dict[str, Tensor] = {}
@@ -142,6 +194,7 @@ def from_open_clip(
             ours[transposed[name]] = value.detach().T.contiguous()
         elif name != "attn_mask":  # a buffer in old checkpoints
             ours |= _from_layer(name, value.detach(), source)
+    ours |= trunk
     config = from_open_clip_config(model_cfg, preprocess_cfg, source)
     if "logit_bias" in ours and config.init_logit_bias is None:
         config = config.model_copy(update={"init_logit_bias": float(ours["logit_bias"])})

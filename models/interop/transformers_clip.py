@@ -9,7 +9,7 @@ from typing import Any
 from torch import Tensor
 
 from mmfoundry.models.clip import CLIP, ClipConfig
-from mmfoundry.models.interop.build import build
+from mmfoundry.models.interop.build import build, ratio_of
 from mmfoundry.pipeline.config import parse
 from mmfoundry.pipeline.errors import ConfigError
 
@@ -25,12 +25,13 @@ def to_transformers_config(config: ClipConfig) -> dict[str, Any]:
     where ours reads (the first place of the highest id in the caption).
 
     Raises:
-        ConfigError: the model has a logit bias, which `CLIPModel` cannot hold.
+        ConfigError: the model has a logit bias, which `CLIPModel` cannot hold, or other towers.
     """
     if config.init_logit_bias is not None:
         raise ConfigError(
             "transformers' CLIPModel has no logit bias: a model with init_logit_bias cannot be written as one"
         )
+    _check_towers(config)
     vision, text = config.vision_cfg, config.text_cfg
     activation = "quick_gelu" if config.quick_gelu else "gelu"
     return {
@@ -68,6 +69,20 @@ def to_transformers_config(config: ClipConfig) -> dict[str, Any]:
     }
 
 
+def _check_towers(config: ClipConfig) -> None:
+    """Refuse what `CLIPModel` does not do.
+
+    Raises:
+        ConfigError: the key is named.
+    """
+    plain = ClipConfig()
+    for name in ("vision_cfg", "text_cfg"):
+        ours, theirs = getattr(config, name), getattr(plain, name)
+        for key in ("pool_type", "norm_kwargs", "act_kwargs", "no_causal_mask", "proj_bias", "proj_type"):
+            if getattr(ours, key, None) != getattr(theirs, key, None):
+                raise ConfigError(f"{name}.{key}: transformers' CLIPModel has no such towers; only CLIP's and SigLIP's")
+
+
 def from_transformers_config(config: Mapping[str, Any], source: str = "config.json") -> ClipConfig:
     """Our config for a `CLIPModel`'s.
 
@@ -98,7 +113,7 @@ def from_transformers_config(config: Mapping[str, Any], source: str = "config.js
             "width": vision["hidden_size"],
             "layers": vision["num_hidden_layers"],
             "head_width": vision["hidden_size"] // vision["num_attention_heads"],
-            "mlp_ratio": vision["intermediate_size"] / vision["hidden_size"],
+            "mlp_ratio": ratio_of(vision["intermediate_size"], vision["hidden_size"]),
         },
         "text_cfg": {
             "context_length": text["max_position_embeddings"],
@@ -106,7 +121,7 @@ def from_transformers_config(config: Mapping[str, Any], source: str = "config.js
             "width": text["hidden_size"],
             "heads": text["num_attention_heads"],
             "layers": text["num_hidden_layers"],
-            "mlp_ratio": text["intermediate_size"] / text["hidden_size"],
+            "mlp_ratio": ratio_of(text["intermediate_size"], text["hidden_size"]),
         },
     }
     return parse(ClipConfig, tree, source=source)

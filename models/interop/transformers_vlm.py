@@ -1,8 +1,8 @@
 """Our vision-language models as folders that transformers' `Auto` classes load with none of our code.
 
 `pixel_shuffle` becomes `AyaVisionForConditionalGeneration` with `AyaVisionProcessor`, `mlp` becomes
-`LlavaForConditionalGeneration` with `LlavaProcessor`; both with a `CLIPVisionModel` tower. Weights have the same names
-on both sides, so this is about configs and the processor.
+`LlavaForConditionalGeneration` with `LlavaProcessor`; both with a `CLIPVisionModel` or `SiglipVisionModel` tower.
+Weights have the same names on both sides, so this is about configs and the processor.
 """
 
 from __future__ import annotations
@@ -15,6 +15,7 @@ from torch import Tensor
 from mmfoundry.models.chat import IMAGE, TILE
 from mmfoundry.models.clip import ClipConfig
 from mmfoundry.models.interop.transformers_clip import to_transformers_config
+from mmfoundry.models.interop.transformers_siglip import to_siglip_vision_config
 from mmfoundry.models.language import without_bars
 from mmfoundry.models.vlm import VisionLanguageModel, VlmConfig
 from mmfoundry.models.vlm_text import VlmText
@@ -65,18 +66,15 @@ def to_transformers_vlm_config(config: VlmConfig) -> Any:
     Raises:
         ConfigError: its connector has no class there.
     """
-    from transformers import AutoConfig, AyaVisionConfig, CLIPVisionConfig, LlavaConfig
+    from transformers import AutoConfig, AyaVisionConfig, LlavaConfig
 
-    clip = to_transformers_config(
-        ClipConfig(vision_cfg=config.vision, quick_gelu=config.quick_gelu, preprocess_cfg=config.preprocess)
-    )
     text_config = AutoConfig.for_model(**config.language_model)
     common: dict[str, Any] = {
-        "vision_config": CLIPVisionConfig(**{**clip["vision_config"], "projection_dim": config.vision.width}),
+        "vision_config": _vision_config(config),
         "text_config": text_config,
         "image_token_index": config.patch_token_id,
         "vision_feature_layer": config.vision_layer,
-        "vision_feature_select_strategy": "default",
+        "vision_feature_select_strategy": _patches_of(config),
         "tie_word_embeddings": bool(getattr(text_config, "tie_word_embeddings", False)),
     }
     if config.connector.type == "pixel_shuffle":
@@ -94,6 +92,22 @@ def to_transformers_vlm_config(config: VlmConfig) -> Any:
     raise ConfigError(
         f"transformers has no class for the connector {config.connector.type!r}; it has pixel_shuffle, mlp"
     )
+
+
+def _vision_config(config: VlmConfig) -> Any:
+    """`CLIPVisionConfig` or `SiglipVisionConfig` for a model's vision tower."""
+    from transformers import CLIPVisionConfig, SiglipVisionConfig
+
+    vision = config.vision
+    if vision.pool_type == "map":
+        return SiglipVisionConfig(**to_siglip_vision_config(vision))
+    clip = to_transformers_config(ClipConfig(vision_cfg=vision, quick_gelu=config.quick_gelu))
+    return CLIPVisionConfig(**{**clip["vision_config"], "projection_dim": vision.width})
+
+
+def _patches_of(config: VlmConfig) -> str:
+    """How transformers tells patches from other positions: all of them, or all but a class token."""
+    return "default" if config.vision.num_prefix else "full"
 
 
 def to_processor(model: VisionLanguageModel, text: VlmText) -> ProcessorMixin:
@@ -118,13 +132,13 @@ def to_processor(model: VisionLanguageModel, text: VlmText) -> ProcessorMixin:
             raise ConfigError(
                 "LlavaProcessor writes nothing around image tokens: image.start, image.whole_tag, image.end must be ''"
             )
-        # Its placeholder is the image token itself; CLIP's class token is counted and taken away again.
+        # Its placeholder is the image token itself; a class token is counted and taken away again.
         return LlavaProcessor(
             CLIPImageProcessor(**pixels, do_center_crop=False),
             text.tokenizer,
             patch_size=config.vision.patch_size,
-            vision_feature_select_strategy="default",
-            num_additional_image_tokens=1,
+            vision_feature_select_strategy=_patches_of(config),
+            num_additional_image_tokens=config.vision.num_prefix,
             image_token=image.patch_token,
             chat_template=chat.replace(IMAGE, image.patch_token),
         )

@@ -49,6 +49,14 @@ def test_eval_gives_open_clips_pixels(size: int, shape: tuple[int, int]) -> None
     np.testing.assert_array_equal(EvalTransform(size)(image), _open_clip_pixels(image, size))
 
 
+@pytest.mark.parametrize("shape", [(64, 64), (480, 640), (641, 480), (33, 47)])
+def test_squashed_it_gives_open_clips_pixels(shape: tuple[int, int]) -> None:
+    plain = image_transform(48, is_train=False, mean=(0.0,) * 3, std=(1.0,) * 3, resize_mode="squash")
+    image = _noise(*shape)
+    expected = plain(Image.fromarray(image)).mul(255).round().to(torch.uint8).numpy()
+    np.testing.assert_array_equal(EvalTransform(48, "squash")(image), expected)
+
+
 @settings(max_examples=60, deadline=None)
 @given(height=st.integers(1, 150), width=st.integers(1, 150), size=st.integers(1, 50))
 def test_eval_gives_open_clips_pixels_at_any_size(height: int, width: int, size: int) -> None:

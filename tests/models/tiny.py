@@ -30,6 +30,41 @@ def tiny_clip(seed: int = 0, **changes: Any) -> CLIP:
     return model
 
 
+SIGLIP: dict[str, Any] = {
+    "embed_dim": 24,
+    "init_logit_bias": -10.0,
+    "preprocess_cfg": {"mean": [0.5] * 3, "std": [0.5] * 3, "resize_mode": "squash"},
+    "vision_cfg": {
+        "image_size": 16,
+        "patch_size": 8,
+        "width": 24,
+        "layers": 3,
+        "head_width": 8,
+        "mlp_ratio": 2.0,
+        "pool_type": "map",
+        "norm_kwargs": {"eps": 1e-6},
+        "act_kwargs": {"approximate": "tanh"},
+    },
+    "text_cfg": {
+        "context_length": 9,
+        "vocab_size": END + 1,
+        "width": 16,
+        "heads": 2,
+        "layers": 2,
+        "no_causal_mask": True,
+        "pool_type": "last",
+        "proj_bias": True,
+        "norm_kwargs": {"eps": 1e-6},
+        "act_kwargs": {"approximate": "tanh"},
+    },
+}
+
+
+def tiny_siglip(seed: int = 0, **changes: Any) -> CLIP:
+    """As `tiny_clip`, with SigLIP's towers."""
+    return tiny_clip(seed, **{**SIGLIP, **changes})
+
+
 def tokens(lengths: list[int], context: int = 9, seed: int = 0) -> Tensor:
     """Captions of these lengths (end token counted), zeros behind."""
     generator = torch.Generator().manual_seed(seed)

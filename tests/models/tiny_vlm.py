@@ -8,6 +8,7 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from torch import Tensor
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
+from mmfoundry.models.clip import CLIP
 from mmfoundry.models.language import LanguageModel
 from mmfoundry.models.vlm import VisionLanguageModel, VlmSettings
 from mmfoundry.models.vlm_io import build_vlm
@@ -78,11 +79,16 @@ def tiny_settings(connector: str = "pixel_shuffle", **changes: Any) -> VlmSettin
 
 
 def tiny_vlm(
-    connector: str = "pixel_shuffle", seed: int = 0, patch_token: bool = True, tie: bool = True, **changes: Any
+    connector: str = "pixel_shuffle",
+    seed: int = 0,
+    patch_token: bool = True,
+    tie: bool = True,
+    clip: CLIP | None = None,
+    **changes: Any,
 ) -> tuple[VisionLanguageModel, VlmText]:
     """Towers of 16 pixels and width 24 (`tiny_clip`), four patches a tile."""
     language = tiny_language(seed, patch_token, tie)
-    model, text = build_vlm(tiny_clip(seed), language, tiny_settings(connector, **changes), seed)
+    model, text = build_vlm(clip or tiny_clip(seed), language, tiny_settings(connector, **changes), seed)
     with torch.no_grad():  # image tokens as large as the others, so that a picture in the wrong place shows
         for weight in model.model.multi_modal_projector.parameters():
             weight.mul_(3).add_(0.1 * torch.randn_like(weight))

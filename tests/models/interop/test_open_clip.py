@@ -27,7 +27,19 @@ def our_logits(model: CLIP, batch: dict) -> torch.Tensor:
     return output.scale * output.image_bD @ output.text_bD.T + (0 if output.bias is None else output.bias)
 
 
-@pytest.mark.parametrize("changes", [{}, {"quick_gelu": True}, {"init_logit_bias": -10.0}], ids=str)
+TEXT = {"context_length": 9, "vocab_size": 50, "width": 16, "heads": 2, "layers": 2, "norm_kwargs": {"eps": 1e-3}}
+VISION = {"image_size": 16, "patch_size": 8, "width": 24, "layers": 2, "head_width": 8}
+CHANGES = [
+    {},
+    {"quick_gelu": True},
+    {"init_logit_bias": -10.0},
+    {"text_cfg": {**TEXT, "no_causal_mask": True, "pool_type": "last", "proj_bias": True}},
+    {"text_cfg": {**TEXT, "no_causal_mask": True, "act_kwargs": {"approximate": "tanh"}}},
+    {"text_cfg": {**TEXT, "pool_type": "last"}, "vision_cfg": {**VISION, "norm_kwargs": {"eps": 1e-3}}},
+]
+
+
+@pytest.mark.parametrize("changes", CHANGES, ids=str)
 def test_ours_in_theirs(changes: dict) -> None:
     ours, batch = tiny_clip(**changes), pairs(6)
     theirs = open_clip.CLIP(**to_open_clip_config(ours.config)["model_cfg"])
@@ -38,7 +50,7 @@ def test_ours_in_theirs(changes: dict) -> None:
     torch.testing.assert_close(their_logits(theirs, pixels, batch["text"]), expected, atol=1e-5, rtol=0)
 
 
-@pytest.mark.parametrize("changes", [{}, {"quick_gelu": True}, {"init_logit_bias": -10.0}], ids=str)
+@pytest.mark.parametrize("changes", CHANGES, ids=str)
 def test_theirs_in_ours(changes: dict) -> None:
     model_cfg = to_open_clip_config(tiny_clip(**changes).config)["model_cfg"]
     torch.manual_seed(0)

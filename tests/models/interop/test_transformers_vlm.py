@@ -15,6 +15,7 @@ from mmfoundry.models.adapters.lora import LoraSettings, add_lora, save_lora
 from mmfoundry.models.generate import answer
 from mmfoundry.models.interop.transformers_vlm import save_for_transformers, to_processor
 from mmfoundry.pipeline.errors import ConfigError
+from tests.models.tiny import tiny_siglip
 from tests.models.tiny_vlm import logits_of, picture, tiny_vlm
 
 QUESTION = "How many pictures are there?"
@@ -55,15 +56,16 @@ def run_outside(tmp_path: Path, folder: Path, image: np.ndarray, adapter: Path |
         [sys.executable, "-c", OUTSIDE, *arguments], capture_output=True, text=True, check=False, cwd=tmp_path
     )
     assert done.returncode == 0, done.stderr
-    return done.stdout.strip().splitlines()[-1], load_file(tmp_path / "out")
+    return done.stdout.strip().split("\n")[-1], load_file(tmp_path / "out")
 
 
+@pytest.mark.parametrize("tower", ["clip", "siglip"])
 @pytest.mark.parametrize(
     ("connector", "kind"),
     [("pixel_shuffle", "AyaVisionForConditionalGeneration"), ("mlp", "LlavaForConditionalGeneration")],
 )
-def test_same_outside(tmp_path: Path, connector: str, kind: str) -> None:
-    model, text = tiny_vlm(connector)
+def test_same_outside(tmp_path: Path, connector: str, kind: str, tower: str) -> None:
+    model, text = tiny_vlm(connector, clip=tiny_siglip() if tower == "siglip" else None)
     save_for_transformers(model, text, tmp_path / "released")
     image = picture(3, 40, 36)
     shown, found = run_outside(tmp_path, tmp_path / "released", image)

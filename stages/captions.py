@@ -1,0 +1,19 @@
+"""Which tokenizer reads a CLIP's captions."""
+
+from __future__ import annotations
+
+from mmfoundry.data.caption_tokenizer import FolderTokenizer, caption_tokenizer
+from mmfoundry.data.text import ClipTokenizer
+from mmfoundry.models.text import TextConfig
+
+
+def tokenizer_of(text: TextConfig) -> ClipTokenizer | FolderTokenizer:
+    """The tokenizer of a text tower, shared by all who ask for the same.
+
+    Raises:
+        MissingInput: its folder has none, or the hub cannot be reached.
+        DamagedInput: its files cannot be read.
+        ConfigError: it does not know what to pad with.
+    """
+    clean = None if text.tokenizer_kwargs is None else text.tokenizer_kwargs.clean
+    return caption_tokenizer(text.hf_tokenizer_name, text.context_length, clean)
