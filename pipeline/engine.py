@@ -182,7 +182,9 @@ class Engine:
     def _or_infinite(self, norm: Tensor) -> Tensor:
         if self._valid is None:
             return norm
-        return torch.where(self._valid.to(norm.device), norm, torch.full_like(norm, math.inf))
+        # Where the norm is on the host, DeepSpeed has waited for the device already.
+        valid = self._valid.to(norm.device) if self.offloads_optimizer else self._valid
+        return torch.where(valid, norm, torch.full_like(norm, math.inf))
 
     def step(self, lr_factor: float, valid: Tensor | None = None) -> Tensor:
         """Clip, update, and forget the gradients; a gradient that is not finite updates nothing.

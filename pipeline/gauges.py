@@ -154,7 +154,8 @@ class Gauges:
                 named, {PARAM_NORM: weight_norms(engine), GRAD_NORM: gradient_norms(engine)}, self._runtime
             )
         elif self._runtime.is_main:  # who writes the log; each rank has all of them whole
-            grads = [(name, weight.grad) for name, weight in named if weight.grad is not None]
+            nothing = torch.zeros((), device=self._runtime.device)  # of a weight that no loss reached
+            grads = ((name, nothing if weight.grad is None else weight.grad) for name, weight in named)
             joint = norms_by_part(((name, weight.detach()) for name, weight in named), PARAM_NORM)
             joint |= norms_by_part(grads, GRAD_NORM)
         else:

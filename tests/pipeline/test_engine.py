@@ -53,7 +53,9 @@ def make_engine(
     optimizer = OptimizerConfig(lr=0.01, type=optimizer_type)
     groups = decay_groups(model.named_parameters(), 0.1)
     runtime = init_runtime()
-    return Engine(config, model, objective, lambda groups: OPTIMIZERS[optimizer_type](groups, optimizer), groups, runtime)
+    return Engine(
+        config, model, objective, lambda groups: OPTIMIZERS[optimizer_type](groups, optimizer), groups, runtime
+    )
 
 
 def batch(group: ProcessGroup | None = None) -> dict[str, Tensor]:

@@ -58,7 +58,9 @@ def test_micro_batches_and_the_gradient_cache_do_not_wait_either(tmp_path: Path)
 
 @pytest.mark.parametrize("stage", [0, 1, 2, 3])
 def test_on_ranks_only_deepspeed_waits_for_more(stage: int, tmp_path: Path) -> None:
-    for rank, found in enumerate(run_ranks(events, 2, str(tmp_path / "out"), config(zero_optimization={"stage": stage}))):
+    for rank, found in enumerate(
+        run_ranks(events, 2, str(tmp_path / "out"), config(zero_optimization={"stage": stage}))
+    ):
         ours = [each for each in found if not each.startswith("deepspeed/")]
         steps = [each for each in ours if each in ("forward", READ)]
         assert steps == ["forward", *["forward", READ] * 3, READ, "forward", *["forward", READ] * 2, READ]
@@ -74,7 +76,9 @@ def test_who_asks_for_more_than_to_stop_waits(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("stage", [0, 1, 2, 3])
-@pytest.mark.parametrize("bad", [12 * 4 + 1, 12 * 3])  # of step 5, which is read a step late, and of step 4, which is not
+@pytest.mark.parametrize(
+    "bad", [12 * 4 + 1, 12 * 3]
+)  # of step 5, which is read a step late, and of step 4, which is not
 def test_what_is_not_finite_stops_all_ranks_at_its_step(bad: int, stage: int, tmp_path: Path) -> None:
     step = 1 + bad // 12
     settings = trainer_config(logging_steps=4, save_steps=1, zero_optimization={"stage": stage})
