@@ -27,6 +27,7 @@ from mmfoundry.pipeline.tensor_file import TensorFile
 from tests.pipeline import tiny_training
 from tests.pipeline.tiny_training import TINY, TinyConfig, TinyLoader, TokenLoss
 
+SAVE_STEPS = 2
 WRITING = ["first file", "last file", "publish", "prune"]  # parts of a checkpoint that rank 0 writes
 PLACES = ["data", "forward", "backward", "update", "updated", *WRITING]
 
@@ -39,8 +40,8 @@ class Killer:
         self.now = 0
 
     def at(self, place: str) -> None:
-        """Die, if this is the place and the step; a checkpoint may be written beside the next one."""
-        if place == self.place and self.step <= self.now <= self.step + (place in WRITING):
+        """Die, if this is the place and the step; a checkpoint may be written beside the steps before the next one."""
+        if place == self.place and self.step <= self.now <= self.step + (SAVE_STEPS if place in WRITING else 0):
             with (self.folder / "killed.jsonl").open("a") as file:
                 file.write(json.dumps([self.place, self.step, self.rank]) + "\n")
             os.kill(os.getpid(), signal.SIGKILL)

@@ -27,11 +27,11 @@ import torch
 from mmfoundry.pipeline.errors import MmfoundryError
 from mmfoundry.pipeline.metrics import read_metrics
 from mmfoundry.pipeline.ranks import start_ranks
-from tests.pipeline.killed_rank import PLACES, WRITING
+from tests.pipeline.killed_rank import PLACES, SAVE_STEPS, WRITING
 from tests.pipeline.tiny_training import trainer_config
 
 MODULE = "tests.pipeline.killed_rank"
-ROWS, STEPS, SAVE_STEPS = 12, 30, 2
+ROWS, STEPS = 12, 30
 ELASTIC = [(2, 1), (1, 0), (4, 3), (2, 2), (4, 1), (1, 0), (2, 3), (4, 2)]  # ranks, ZeRO stage
 CLOSE = {"rtol": 1e-5, "atol": 1e-5}  # float32, thirty steps of a large learning rate
 
