@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import statistics
 from typing import Any
 
 import pytest
@@ -49,10 +50,6 @@ def test_nor_do_the_towers() -> None:
 
 
 def test_a_number_that_is_read_is_found() -> None:
-    code = compile("if tensor.sum() > 1:\n    copy = torch.tensor([1.0], device=tensor.device)", "elsewhere.py", "exec")
     with Waits() as waits:
-        exec(code, {"tensor": torch.ones(3), "torch": torch})
-    assert waits.found == [
-        f"elsewhere.py:<module> {what}"
-        for what in ("__bool__", "aten._local_scalar_dense.default", "tensor on the device")
-    ]
+        statistics.fmean(torch.ones(1))
+    assert waits.found == ["statistics.py:fmean __float__", "statistics.py:fmean aten._local_scalar_dense.default"]
