@@ -32,8 +32,9 @@ from mmfoundry.pipeline.config import StageConfig
 from mmfoundry.pipeline.distributed import init_runtime
 from mmfoundry.pipeline.optimizers import OptimizerConfig, decay_groups
 from mmfoundry.pipeline.stage import RunContext, Stage, run_stage
-from mmfoundry.pipeline.trainer import to_device, train
+from mmfoundry.pipeline.trainer import train
 from mmfoundry.pipeline.trainer_config import TrainerConfig
+from mmfoundry.pipeline.updates import to_device
 
 MODEL = ClipConfig(
     embed_dim=192,

@@ -3,17 +3,32 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 
 from mmfoundry.data.decode import UnreadableSample
 from mmfoundry.data.gather import Batch
+from mmfoundry.data.npy import NPY, read_npy
 from mmfoundry.data.ragged import Ragged
 from mmfoundry.data.sample import Sample
 from mmfoundry.data.text import CONTEXT_LENGTH, CaptionTokenizer, choose_caption, clip_tokenizer
 from mmfoundry.data.transforms import TrainTransform
 from mmfoundry.pipeline.errors import ConfigError
+
+
+class StoredTeacher(NamedTuple):
+    """Where a sample has what a teacher said of it.
+
+    Attributes:
+        image: field of the sample's JSON with its embedding of the picture; one that ends in `.npy` names a member.
+        text: the same of the captions, one vector each.
+        embed_dim: numbers of an embedding; None: any.
+    """
+
+    image: str
+    text: str
+    embed_dim: int | None = None
 
 
 class PairEncoder:
@@ -29,7 +44,7 @@ class PairEncoder:
         horizontal_flip: float = 0.0,
         vocab_size: int | None = None,
         tokenizer: CaptionTokenizer | None = None,
-        stored: Mapping[str, tuple[str, str]] | None = None,
+        stored: Mapping[str, StoredTeacher] | None = None,
     ):
         """Fix the augmentation and load the tokenizer.
 
@@ -41,7 +56,7 @@ class PairEncoder:
             horizontal_flip: probability of mirroring.
             vocab_size: ids that the model knows; None: not checked.
             tokenizer: the model's own, of that context length; None: CLIP's.
-            stored: teacher -> the fields of a sample's JSON with its embedding of the picture and of the captions.
+            stored: teacher -> where a sample has its embeddings.
         Raises:
             ConfigError: an impossible crop, or a model of another tokenizer.
         """
@@ -69,23 +84,31 @@ class PairEncoder:
             pixels = np.ascontiguousarray(pixels[:, :, ::-1])
         caption = choose_caption(sample, rng)
         pair = {"image": pixels, "text": Ragged.one(self._tokenizer.encode(caption)), "__key__": sample.key}
-        for name, (image_field, text_field) in self._stored.items():
-            pair[f"teacher_image/{name}"] = _numbers(sample, image_field, ndim=1)
-            texts = _numbers(sample, text_field, ndim=2)
+        for name, teacher in self._stored.items():
+            image, texts = _numbers(sample, teacher.image, ndim=1), _numbers(sample, teacher.text, ndim=2)
             if len(texts) != len(sample.text):
                 raise UnreadableSample(
-                    "stored embeddings", f"{len(texts)} in {text_field}, {len(sample.text)} captions"
+                    "stored embeddings", f"{len(texts)} in {teacher.text}, {len(sample.text)} captions"
                 )
-            pair[f"teacher_text/{name}"] = texts[sample.text.index(caption)]
+            width = teacher.embed_dim or len(image)
+            if len(image) != width or texts.shape[1] != width:
+                raise UnreadableSample(
+                    "stored embeddings", f"{name} has widths {len(image)} and {texts.shape[1]}, not {width}"
+                )
+            pair[f"teacher_image/{name}"], pair[f"teacher_text/{name}"] = image, texts[sample.text.index(caption)]
         return pair
 
 
 def _numbers(sample: Sample, field: str, ndim: int) -> np.ndarray:
-    """A field of the sample's JSON as finite float32 numbers: one vector, or a list of vectors, one a caption."""
-    try:
-        array = np.asarray(sample.meta.get(field), dtype=np.float32)
-    except (TypeError, ValueError):
-        array = np.empty(0, np.float32)
+    """A field of the sample's JSON, or an `.npy` member, as finite float32: a vector, or vectors, one a caption."""
+    if field.endswith(NPY):
+        data = sample.arrays.get(field.lower())
+        array = np.empty(0, np.float32) if data is None else read_npy(data, field)
+    else:
+        try:
+            array = np.asarray(sample.meta.get(field), dtype=np.float32)
+        except (TypeError, ValueError):
+            array = np.empty(0, np.float32)
     array = array[None] if ndim == 2 and array.ndim == 1 else array
     if array.ndim != ndim or not array.size or not np.isfinite(array).all():
         raise UnreadableSample("stored embeddings", f"{field} is not {'a vector' if ndim == 1 else 'vectors'}")

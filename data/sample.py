@@ -7,6 +7,7 @@ from typing import Any
 import numpy as np
 
 from mmfoundry.data.decode import DecodeLimits, LazyImage, UnreadableSample
+from mmfoundry.data.npy import NPY
 from mmfoundry.data.shard_names import Shard
 
 MAX_TEXT_BYTES = 4 << 20  # of `txt` and of `json`, which grow more than tenfold when they are parsed
@@ -39,6 +40,7 @@ class Sample:
         text: captions, in order; may be empty.
         messages: turns `{"role": "user" | "assistant" | "system", "content": str}`; None if the sample has none.
         meta: every other entry of the sample's JSON.
+        arrays: its `.npy` members by extension, lower case and without the first dot, as bytes: see `npy.read_npy`.
     """
 
     key: str
@@ -46,6 +48,7 @@ class Sample:
     text: list[str]
     messages: list[dict[str, Any]] | None
     meta: dict[str, Any]
+    arrays: dict[str, bytes]
 
     def __init__(
         self,
@@ -54,11 +57,13 @@ class Sample:
         text: list[str] | None = None,
         messages: list[dict[str, Any]] | None = None,
         meta: dict[str, Any] | None = None,
+        arrays: dict[str, bytes] | None = None,
     ):
         """Take the parts; `image` is uint8 (height, width, 3), RGB, or one not decoded yet."""
         self.key, self.picture, self.messages = key, image, messages
         self.text = [] if text is None else text
         self.meta = {} if meta is None else meta
+        self.arrays = {} if arrays is None else arrays
 
     @property
     def image(self) -> np.ndarray:
@@ -73,14 +78,15 @@ class Sample:
         """Make the image safe to share: read-only, and of a size that stays; see `LazyImage.freeze`.
 
         Returns:
-            The bytes that the image holds.
+            The bytes that image and arrays hold.
         Raises:
             UnreadableImage: its pixels are damaged.
         """
+        arrays = sum(map(len, self.arrays.values()))
         if isinstance(self.picture, LazyImage):
-            return self.picture.freeze()
+            return arrays + self.picture.freeze()
         self.picture.flags.writeable = False
-        return self.picture.nbytes
+        return arrays + self.picture.nbytes
 
 
 def image_member(members: dict[str, bytes]) -> bytes | None:
@@ -122,6 +128,8 @@ def read_text(raw: RawSample) -> tuple[list[str], list[dict[str, Any]] | None, d
 def to_sample(raw: RawSample, limits: DecodeLimits | None = None, *, lazy: bool = False) -> Sample:
     """Decode a raw sample: `png|jpg|webp|...`, `txt` (one caption a line), `json` (`captions`, `messages`, metadata).
 
+    Members that end in `npy` come along as they are.
+
     Args:
         raw: the sample's bytes.
         limits: what an image may weigh; the defaults of `DecodeLimits` if None.
@@ -134,7 +142,8 @@ def to_sample(raw: RawSample, limits: DecodeLimits | None = None, *, lazy: bool 
         raise UnreadableSample("no image", f"members: {', '.join(sorted(raw.members)) or 'none'}")
     text, messages, meta = read_text(raw)
     image = LazyImage(data, limits or DecodeLimits())
-    return Sample(raw.key, image if lazy else image.pixels, text, messages, meta)
+    arrays = {name: payload for name, payload in raw.members.items() if name.endswith(NPY)}
+    return Sample(raw.key, image if lazy else image.pixels, text, messages, meta, arrays)
 
 
 def _read_json(raw: RawSample) -> dict[str, Any]:

@@ -231,8 +231,9 @@ def normalise(
     import torch
 
     shape = (3, 1, 1)
-    mean_311 = torch.tensor(mean, dtype=torch.float32, device=images.device).view(shape)
-    std_311 = torch.tensor(std, dtype=torch.float32, device=images.device).view(shape)
+    mean_311, std_311 = (
+        torch.tensor(each, dtype=torch.float32).view(shape).to(images.device, non_blocking=True) for each in (mean, std)
+    )
     pixels = images.to(torch.float32).div_(255.0).sub_(mean_311).div_(std_311)
     return pixels if dtype is None else pixels.to(dtype)
 

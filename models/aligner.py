@@ -96,7 +96,7 @@ class AlignmentLoss:
         centre_D = names_CD.mean(0)
         centred_CD = names_CD - centre_D
         logits_ntC = F.normalize(tokens_ntD - centre_D, dim=-1) @ F.normalize(centred_CD, dim=-1).T / self.temperature
-        total = torch.tensor(float(len(target_n)), device=target_n.device)
+        total = torch.full((), float(len(target_n)), device=target_n.device)
         if group is not None:
             dist.all_reduce(total, group=group)
         share = world_in(group) / total

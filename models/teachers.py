@@ -38,7 +38,7 @@ class Taught:
     def __call__(self, output: Any, batch: Mapping[str, Any], group: ProcessGroup | None = None) -> dict[str, Tensor]:
         """Let the teachers embed the batch, then ask the objective."""
         device = output.image_bD.device
-        scales = {f"{TEACHER_SCALE}{name}": torch.tensor(each, device=device) for name, each in self._scales.items()}
+        scales = {f"{TEACHER_SCALE}{name}": torch.full((), each, device=device) for name, each in self._scales.items()}
         return self._objective(output, {**batch, **scales, **self._embed(batch, device)}, group)
 
     @torch.no_grad()

@@ -233,6 +233,6 @@ def to_pixels(images: Tensor, mean: Sequence[float], std: Sequence[float]) -> Te
     """
     if images.dtype != torch.uint8:
         raise ValueError(f"images should be uint8, not {images.dtype}")
-    mean_c11 = torch.tensor(mean, device=images.device)[:, None, None]
-    std_c11 = torch.tensor(std, device=images.device)[:, None, None]
+    # `torch.tensor(..., device=...)` would wait for all that the device has been given to do.
+    mean_c11, std_c11 = (torch.tensor(each)[:, None, None].to(images.device, non_blocking=True) for each in (mean, std))
     return images.float().div_(255).sub_(mean_c11).div_(std_c11)

@@ -69,6 +69,7 @@ class Engine:
         base_optimizer: the torch optimizer that DeepSpeed drives.
         trainable: the parameters that it updates.
         stage: the ZeRO stage that is run.
+        offloads_optimizer: whether the optimizer's states, and so the gradients, are kept off the device.
         loss_scale: what the loss is multiplied with before the backward pass; 1 except in fp16.
     """
 
@@ -83,6 +84,7 @@ class Engine:
     ) -> None:
         self.model = model
         self.stage = zero_stage(config, runtime.world_size)
+        self.offloads_optimizer = self.stage > 0 and config.zero_optimization.offload_optimizer.device != "none"
         self.rank, self.world_size = runtime.rank, runtime.world_size
         self._config = config
         self.trainable = [p for group in groups for p in group["params"]]
@@ -92,6 +94,7 @@ class Engine:
         numel = sum(p.numel() for p in self.trainable)
         settings = deepspeed_config(config, runtime.world_size, numel, on_gpu)
         self._device = runtime.device
+        self._valid: Tensor | None = None
         self._rows = config.micro_batches(runtime.world_size)[0]
         self._chunks = config.chunks(runtime.world_size)
         module = self._module = _ModelWithLoss(model, objective, runtime, config.precision)
@@ -107,6 +110,8 @@ class Engine:
         if runtime.world_size == 1 and self.stage == 0:
             # With one process there is nothing to reduce; DeepSpeed would still copy every gradient twice.
             self.deepspeed.enable_backward_allreduce = False
+        if self.stage:
+            self._refuse_what_is_not_valid()
         self._apply_loss_scale()
 
     def accumulate(self, batch: Batch, weight: Tensor | None = None) -> dict[str, Tensor]:
@@ -157,27 +162,45 @@ class Engine:
             self.deepspeed.zero_grad()
             self.deepspeed.micro_steps += 1
             return
-        # DeepSpeed leaves out a step whose gradient norm is not finite; that is what it is told here.
-        optimizer, infinite = self.deepspeed.optimizer, torch.tensor(math.inf, device=self._device)
-        name, value = ("_get_norm_groups", [infinite]) if self.stage == 3 else ("scaled_global_norm", infinite)
-        setattr(optimizer, name, lambda *_, **__: value)
-        try:
-            self.deepspeed.step()
-        finally:
-            delattr(optimizer, name)
+        self._valid = torch.zeros((), dtype=torch.bool, device=self._device)
+        self.deepspeed.step()
         if self.deepspeed.was_step_applied():
             raise RuntimeError("this release of DeepSpeed updates weights although the gradient norm is infinite")
 
-    def step(self, lr_factor: float) -> float:
+    def _refuse_what_is_not_valid(self) -> None:
+        """DeepSpeed leaves out a step whose gradient norm is infinite: so is that of a step that is not valid."""
+        optimizer = self.deepspeed.optimizer
+        name = "_get_norm_groups" if self.stage == 3 else "scaled_global_norm"
+        norms = getattr(optimizer, name)
+
+        def checked(*args: Any, **kwargs: Any) -> Any:
+            found = norms(*args, **kwargs)
+            return [self._or_infinite(found[0]), *found[1:]] if self.stage == 3 else self._or_infinite(found)
+
+        setattr(optimizer, name, checked)
+
+    def _or_infinite(self, norm: Tensor) -> Tensor:
+        if self._valid is None:
+            return norm
+        # Where the norm is on the host, DeepSpeed has waited for the device already.
+        valid = self._valid.to(norm.device) if self.offloads_optimizer else self._valid
+        return torch.where(valid, norm, torch.full_like(norm, math.inf))
+
+    def step(self, lr_factor: float, valid: Tensor | None = None) -> Tensor:
         """Clip, update, and forget the gradients; a gradient that is not finite updates nothing.
 
         Args:
             lr_factor: multiplies the peak learning rates, from the schedule.
+            valid: () bool, on the device, alike on all ranks: where it is false, nothing is updated. Then the host
+                does not wait for the device either, at stage 0 with a fused optimizer; at the other stages DeepSpeed
+                waits for the norm. None: it is true, and the host waits.
+
         Returns:
-            The L2 norm of the joint gradient before clipping; inf or nan where nothing was updated.
+            () the L2 norm of the joint gradient before clipping; where nothing was updated because of it, inf or nan.
         """
         for group in self.deepspeed.optimizer.param_groups:
             group["lr"] = group["peak_lr"] * lr_factor
+        self._valid = valid
         norm = self._step_unpartitioned() if self.stage == 0 else self._step_partitioned()
         if self._config.precision == "fp16":
             self._adapt_loss_scale(math.isfinite(norm))
@@ -188,27 +211,33 @@ class Engine:
         """The highest learning rate of the last step."""
         return max(group["lr"] for group in self.deepspeed.optimizer.param_groups)
 
-    def _step_unpartitioned(self) -> float:
+    def _step_unpartitioned(self) -> Tensor:
         grads = []
         for parameter in self.trainable:
             if parameter.grad is None:  # as DeepSpeed does when it reduces: a parameter no loss reached still decays
                 parameter.grad = torch.zeros_like(parameter)
             grads.append(parameter.grad)
-        norm = float(torch.nn.utils.get_total_norm(grads)) / self.loss_scale
-        if not math.isfinite(norm):
+        norm = torch.nn.utils.get_total_norm(grads) / self.loss_scale
+        applied = norm.isfinite() if self._valid is None else norm.isfinite() & self._valid
+        # What torch's fused optimizers do for its GradScaler: they read on the device whether to update.
+        if self._valid is not None and getattr(self.base_optimizer, "_step_supports_amp_scaling", False):
+            self.base_optimizer.found_inf = (~applied).float()  # type: ignore[attr-defined]
+        elif not applied:
             self.discard()
             return norm
         limit = self._config.gradient_clipping
-        shrink = min(1.0, limit / (norm + 1e-6)) if limit else 1.0
-        if shrink / self.loss_scale != 1.0:
-            torch._foreach_mul_(grads, shrink / self.loss_scale)
+        # In fp64, as the host would reckon; a product with 1 changes nothing.
+        shrink = (limit / (norm.double() + 1e-6)).clamp(max=1.0) if limit else torch.ones_like(norm).double()
+        if limit or self.loss_scale != 1.0:
+            torch._foreach_mul_(grads, (shrink / self.loss_scale).float())
         self.deepspeed.step()
         return norm
 
-    def _step_partitioned(self) -> float:
+    def _step_partitioned(self) -> Tensor:
         self.deepspeed.step()
-        norm = float(self.deepspeed.get_global_grad_norm())
-        return norm if self.deepspeed.was_step_applied() else math.inf
+        if not self.deepspeed.was_step_applied():
+            return torch.full((), math.inf, device=self._device)
+        return torch.as_tensor(self.deepspeed.get_global_grad_norm())
 
     def _adapt_loss_scale(self, finite: bool) -> None:
         self.good_steps = self.good_steps + 1 if finite else 0

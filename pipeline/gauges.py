@@ -6,14 +6,20 @@ nothing here waits for the device between two lines.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from itertools import product
 from typing import Any, NamedTuple
 
 import psutil
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
 
 from mmfoundry.pipeline.distributed import Runtime
+from mmfoundry.pipeline.engine import Engine
+from mmfoundry.pipeline.partitions import gradient_norms, weight_norms
+
+PARAM_NORM, GRAD_NORM = "param_norm", "grad_norm"  # in the log, with the part's name behind a slash
 
 
 class Work(NamedTuple):
@@ -77,6 +83,30 @@ def norms_by_part(named: Iterable[tuple[str, Tensor]], kind: str) -> dict[str, T
     return {f"{kind}/{part}": torch.nn.utils.get_total_norm(tensors) for part, tensors in parts.items()}
 
 
+def joint_norms(
+    named: Sequence[tuple[str, nn.Parameter]],
+    slices: Mapping[str, Iterable[tuple[nn.Parameter, Tensor]]],
+    runtime: Runtime,
+) -> dict[str, Tensor]:
+    """As `norms_by_part`, where each rank has slices only: their squares are summed over ranks, in one collective.
+
+    Args:
+        named: full names and parameters, alike on all ranks.
+        slices: what begins the names of the results -> parameters and the norms of this rank's slices of them.
+        runtime: the ranks.
+    """
+    part_of = {id(parameter): name.partition(".")[0] for name, parameter in named}
+    places = {f"{kind}/{part}": i for i, (kind, part) in enumerate(product(slices, dict.fromkeys(part_of.values())))}
+    squares = torch.zeros(len(places), dtype=torch.float64, device=runtime.device)
+    for kind, found in slices.items():
+        for parameter, norm in found:
+            place = places[f"{kind}/{part_of[id(parameter)]}"]
+            squares[place] += norm.to(squares.device, torch.float64, non_blocking=True).square()
+    if runtime.group is not None:
+        dist.all_reduce(squares, group=runtime.group)
+    return dict(zip(places, squares.sqrt().unbind(), strict=True))
+
+
 def memory(device: torch.device) -> dict[str, float]:
     """Memory in GB: the most that tensors took so far on a GPU; of a CPU process what it holds now."""
     if device.type == "cuda":
@@ -111,18 +141,28 @@ class Gauges:
                 self._tokens += work.tokens
                 self._flops += work.flops
 
-    def before_update(self, stage: int, loss_scale: float = 1.0) -> None:
-        """Take the norms of parameters and joint gradients, where each rank has them whole."""
+    def before_update(self, engine: Engine) -> None:
+        """Take the norms of parameters and joint gradients; a collective from ZeRO stage 1 on.
+
+        Args:
+            engine: between the backward pass and the step.
+        """
         self._norms = {}
-        if not self._runtime.is_main:  # who writes the log
-            return
         named = [(name, weight) for name, weight in self._model.named_parameters() if weight.requires_grad]
-        if stage < 3:
-            self._norms |= norms_by_part(((name, weight.detach()) for name, weight in named), "param_norm")
-        if stage == 0:
-            grads = [(name, weight.grad) for name, weight in named if weight.grad is not None]
-            found = norms_by_part(grads, "grad_norm")
-            self._norms |= {name: norm / loss_scale for name, norm in found.items()}
+        if engine.stage:
+            joint = joint_norms(
+                named, {PARAM_NORM: weight_norms(engine), GRAD_NORM: gradient_norms(engine)}, self._runtime
+            )
+        elif self._runtime.is_main:  # who writes the log; each rank has all of them whole
+            nothing = torch.zeros((), device=self._runtime.device)  # of a weight that no loss reached
+            grads = ((name, nothing if weight.grad is None else weight.grad) for name, weight in named)
+            joint = norms_by_part(((name, weight.detach()) for name, weight in named), PARAM_NORM)
+            joint |= norms_by_part(grads, GRAD_NORM)
+        else:
+            return
+        self._norms = {
+            name: norm / engine.loss_scale if name.startswith(f"{GRAD_NORM}/") else norm for name, norm in joint.items()
+        }
 
     def read(self, seconds: float, groups: Iterable[Mapping[str, Any]]) -> dict[str, float]:
         """The numbers of the window that ends now, and begin the next.

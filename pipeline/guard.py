@@ -72,6 +72,11 @@ class Guard:
         self._mean = self._square = 0.0
         self._seen = self._in_a_row = 0
 
+    @property
+    def decides_on_the_host(self) -> bool:
+        """Whether more is asked for than to stop at what is not finite, which the device itself leaves out."""
+        return self._config.spike != "off" or self._config.non_finite != "stop"
+
     def trouble(self, loss: float) -> str | None:
         """What is wrong with a joint loss, `non_finite` or `spike`; None where nothing is."""
         if not math.isfinite(loss):
@@ -105,7 +110,7 @@ class Guard:
             what: that is in trouble: `loss` or `gradient`.
             value: of it, joint.
             step: that is being made, from 1.
-            batches: this rank's micro-batches.
+            batches: this rank's micro-batches; their `__key__` is read only.
             losses: this rank's, one a micro-batch.
 
         Raises:

@@ -160,11 +160,38 @@ class Tally:
             weighted = value.detach().double() * weight
             self._sums[name] = self._sums[name] + weighted if name in self._sums else weighted
 
-    def means(self, group: ProcessGroup | None) -> dict[str, float]:
-        """Read the means over everything added on all ranks, in one collective and one transfer to the host."""
+    def means(self, group: ProcessGroup | None) -> dict[str, Tensor]:
+        """The means over everything added on all ranks, fp64, in one collective and without a wait for the device."""
         names = sorted(self._sums)
         totals = torch.stack([self._sums[name] for name in names]) / self._weight
         if group is not None:
             dist.all_reduce(totals, group=group)
             totals /= world_in(group)
-        return dict(zip(names, totals.tolist(), strict=True))
+        return dict(zip(names, totals.unbind(), strict=True))
+
+
+class Reading:
+    """Numbers on their way from the device to the host, beside what is computed there.
+
+    Args:
+        values: 0-d tensors by name; what they hold now is what is read, whatever becomes of them.
+    """
+
+    def __init__(self, values: Mapping[str, Tensor]) -> None:
+        self._names = list(values)
+        device = next(iter(values.values())).device
+        whole = torch.stack([value.to(device, torch.float64, non_blocking=True) for value in values.values()])
+        self._there: torch.cuda.Event | None = None
+        if whole.is_cuda:
+            self._host = torch.empty(whole.shape, dtype=whole.dtype, pin_memory=True)
+            self._host.copy_(whole, non_blocking=True)
+            self._there = torch.cuda.Event()
+            self._there.record(torch.cuda.current_stream(device))
+        else:
+            self._host = whole
+
+    def numbers(self) -> dict[str, float]:
+        """What was read; waits for the device to come to where this was made, and no further."""
+        if self._there is not None:
+            self._there.synchronize()
+        return dict(zip(self._names, self._host.tolist(), strict=True))

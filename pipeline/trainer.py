@@ -9,7 +9,6 @@ same samples into ranks and micro-batches gives the same loss and gradient.
 
 from __future__ import annotations
 
-import math
 import signal
 import threading
 import time
@@ -21,8 +20,7 @@ from types import FrameType
 from typing import Any, Protocol
 
 import torch
-import torch.distributed as dist
-from torch import Tensor, nn
+from torch import nn
 
 from mmfoundry.pipeline import checkpoint
 from mmfoundry.pipeline.ema import Ema
@@ -31,13 +29,13 @@ from mmfoundry.pipeline.engine_config import zero_stage
 from mmfoundry.pipeline.errors import PREEMPTED_EXIT_CODE, ConfigError
 from mmfoundry.pipeline.gauges import Gauges, Work
 from mmfoundry.pipeline.grad_cache import Batch
-from mmfoundry.pipeline.guard import NON_FINITE, Guard, GuardConfig, NonFinite
+from mmfoundry.pipeline.guard import Guard, GuardConfig, NonFinite
 from mmfoundry.pipeline.heartbeat import Doing, Heartbeat
-from mmfoundry.pipeline.metrics import Tally
 from mmfoundry.pipeline.optimizers import ParamGroup, build_optimizer, decay_groups
 from mmfoundry.pipeline.schedules import lr_factor
 from mmfoundry.pipeline.stage import CHECKPOINTS, RunContext
 from mmfoundry.pipeline.trainer_config import TrainerConfig, steps_of
+from mmfoundry.pipeline.updates import Updates
 
 
 class DataLoader(Protocol):
@@ -155,6 +153,7 @@ class _Training:
         self.guard = Guard(config.guard, self.runtime, context.work, phase, context.log.say)
         self.heart = Heartbeat(config.heartbeat, self.runtime, context.work)
         self.progress = _Progress()
+        self.told_to_stop = False
         self.evaluated: tuple[int, dict[str, float]] = (0, {})  # the last evaluation, and its step
         self.best_so_far: float | None = None
         self.best: checkpoint.Best | None = None
@@ -197,6 +196,7 @@ class _Training:
             runtime,
         )
         self.ema = Ema(config.ema, self.engine.base_optimizer) if config.ema is not None else None
+        self.updates = Updates(config, self.engine, self.objective, self.guard, self.heart, runtime)
         with ExitStack() as on_error, ExitStack() as at_end:
             on_error.callback(self.engine.abandon)
             checkpoint.check_place(self.folder, self.engine, runtime)
@@ -214,30 +214,40 @@ class _Training:
 
     def _loop(self, batches: Iterator[Batch]) -> None:
         config, progress = self.config, self.progress
-        bar = self.context.progress(self.steps, self.phase, "steps")
-        with self.heart, _Preemption() as preemption, bar as shown:
-            shown.advance(progress.step)
+        with (
+            self.heart,
+            _Preemption() as preemption,
+            self.context.progress(self.steps, self.phase, "steps") as self.bar,
+        ):
+            self.bar.advance(progress.step)
             self._restart_clock()
             while progress.step < self.steps:
-                micro_batches = self._fetch(batches)
-                joint = self._update(micro_batches, preemption.asked)
-                stop = joint.pop("stop") > 0
-                self._log(joint)
-                if self.evaluate is not None and config.eval_steps and progress.step % config.eval_steps == 0:
+                queued = self.updates.queue(progress.step + 1, self._fetch(batches), preemption.asked)
+                self._settle()  # the step before, while the device is at this one
+                self.updates.update(queued, self._before_update)
+                progress.step += 1
+                progress.samples += config.train_batch_size
+                evaluates = self.evaluate is not None and self._is_nth(config.eval_steps)
+                done, due = progress.step == self.steps, self._is_nth(config.save_steps)
+                if self.updates.waits or evaluates or due or self.told_to_stop or self._is_point(progress.step):
+                    self._settle()
+                if self.evaluate is not None and evaluates:
                     self._evaluate(self.evaluate)
-                done = progress.step == self.steps
-                due = config.save_steps and progress.step % config.save_steps == 0
+                stop = self.told_to_stop
                 if self._is_best() or stop or done or due:
                     self._save()
                 if stop or done:
                     self._wait_for_checkpoint()
-                shown.advance(note=f"loss {joint['loss']:.4f}")
                 if stop:
                     self.context.log.say(
                         f"{self.phase}: told to stop; saved at step {progress.step}, run again to go on"
                     )
                     self.context.log.close()
                     raise SystemExit(PREEMPTED_EXIT_CODE)
+
+    def _is_nth(self, steps: int) -> bool:
+        """Whether what is done every so many steps is due; 0 stands for never."""
+        return steps > 0 and self.progress.step % steps == 0
 
     def _fetch(self, batches: Iterator[Batch]) -> list[Batch]:
         """The step's micro-batches, still on the host."""
@@ -250,64 +260,29 @@ class _Training:
         self.gauges.count(fetched)
         return fetched
 
-    def _update(self, batches: list[Batch], stop: bool) -> dict[str, float]:
-        """One optimizer step; the joint loss and metrics, and whether any rank was told to stop."""
-        device, step = self.runtime.device, self.progress.step + 1
-        self.heart.at(step, Doing.LOSSES)
-        asked = torch.tensor(float(stop), device=device)
-        tally = Tally()
-        losses = []
-        for batch, weight in zip(batches, self._micro_weights(batches), strict=True):
-            values = self.engine.accumulate(to_device(batch, device), weight)
-            losses.append(values["loss"])
-            tally.add(values | {"stop": asked}, 1.0 if weight is None else weight)
-        self.heart.at(step, Doing.JOINING)
-        joint = tally.means(self.runtime.group)  # the one wait for the device before the update
-        self.heart.at(step, Doing.UPDATE)
-        norm = self._step(joint["loss"], batches, losses)
-        self.progress.step += 1
-        self.progress.samples += self.config.train_batch_size
-        return joint | {"grad_norm": norm}
-
-    def _step(self, loss: float, batches: list[Batch], losses: list[Tensor]) -> float:
-        """Update the weights, unless the guard has something against it; the norm of the gradient."""
-        step = self.progress.step + 1
-        trouble = self.guard.trouble(loss)
-        if trouble is not None:
-            self.guard.answer(trouble, "loss", loss, step, batches, losses)
-            self.engine.discard()
-            self.progress.skipped_steps += 1
-            return math.nan
-        if self._is_point(step):
-            self.gauges.before_update(self.engine.stage, self.engine.loss_scale)
+    def _before_update(self) -> float:
+        """Take the norms where they are logged; what the learning rates are multiplied with in the step to come."""
+        if self._is_point(self.progress.step + 1):
+            self.gauges.before_update(self.engine)
         if self.ema is not None:
             self.ema.at(self.progress.step)
-        factor = lr_factor(self.config.scheduler, self.progress.step, self.steps)
-        norm = self.engine.step(factor * self.guard.caution)
-        self.recent.append(loss)
-        if math.isfinite(norm):
-            self.guard.accept(loss)
-            return norm
-        if self.config.precision != "fp16" or self.engine.loss_scale <= 1.0:
-            self.guard.answer(NON_FINITE, "gradient", norm, step, batches, losses)
-        self.progress.skipped_steps += 1
-        return norm
+        return lr_factor(self.config.scheduler, self.progress.step, self.steps) * self.guard.caution
 
-    def _micro_weights(self, batches: list[Batch]) -> list[Tensor | None]:
-        """What each micro-batch's joint loss is multiplied with, 1 on average; None stands for 1."""
-        weight_of = getattr(self.objective, "weight", None)
-        if weight_of is None or len(batches) == 1:
-            return [None] * len(batches)
-        weights = torch.tensor([float(weight_of(b)) for b in batches], dtype=torch.float64).to(self.runtime.device)
-        if self.runtime.group is not None:
-            dist.all_reduce(weights, group=self.runtime.group)
-        total = weights.sum()
-        # A step without any weight (no answer token in it) has loss and gradient zero whatever the factor is.
-        return list(torch.where(total > 0, weights * len(batches) / total, torch.ones_like(weights)).float())
+    def _settle(self) -> None:
+        """Read and log the numbers of the last step, if that is still to be done."""
+        made = self.updates.settle()
+        if made is None:
+            return
+        if made.learnt:
+            self.recent.append(made.numbers["loss"])
+        self.progress.skipped_steps += made.skipped
+        self.told_to_stop |= made.stop
+        self._log(made.numbers)
+        self.bar.advance(note=f"loss {made.numbers['loss']:.4f}")
 
-    def _log(self, joint: dict[str, float]) -> None:
+    def _log(self, numbers: dict[str, float]) -> None:
         step = self.progress.step
-        line = joint | {"lr": self.engine.lr}
+        line = numbers | {"lr": self.engine.lr}
         if self.config.precision == "fp16":
             line |= {"loss_scale": self.engine.loss_scale}
         if self.config.precision == "fp16" or self.config.guard != GuardConfig():
@@ -425,14 +400,3 @@ class _Preemption:
     def __exit__(self, *unused: object) -> None:
         for number, handler in self._before.items():
             signal.signal(number, handler)
-
-
-def to_device(value: Any, device: torch.device) -> Any:
-    """A batch with its tensors, at any depth of dicts, lists and tuples, on `device`; the rest as it is."""
-    if isinstance(value, Tensor):
-        return value.to(device, non_blocking=True)
-    if isinstance(value, dict):
-        return {name: to_device(part, device) for name, part in value.items()}
-    if isinstance(value, list | tuple):
-        return type(value)(to_device(part, device) for part in value)
-    return value

@@ -16,7 +16,7 @@ from typing import Annotated, Any, Literal
 from pydantic import Field, field_validator, model_validator
 
 from mmfoundry.data.loader import Loader, Source
-from mmfoundry.data.pairs import PairEncoder, pad_text
+from mmfoundry.data.pairs import PairEncoder, StoredTeacher, pad_text
 from mmfoundry.data.reader import Pool
 from mmfoundry.models.clip import CLIP, ClipConfig
 from mmfoundry.models.flops import clip_work
@@ -91,9 +91,18 @@ class TeacherConfig(Config):
     clip: ArtifactRef | None = Field(
         None, description="a trained CLIP that reads the student's batches: a folder, as for `initial`"
     )
-    image: str | None = Field(None, description="field of a sample's JSON with its embedding of the picture, a list")
+    image: str | None = Field(
+        None,
+        description="field of a sample's JSON with its embedding of the picture, a list; or, ending in .npy, a member "
+        "of the sample: <key>.<image>, fp16 or fp32",
+    )
     text: str | None = Field(
-        None, description="field of a sample's JSON with its embeddings of the captions, a list of lists, one a caption"
+        None,
+        description="the same with its embeddings of the captions: a list of lists, one a caption; or a member of "
+        "shape (captions, embed_dim)",
+    )
+    embed_dim: int | None = Field(
+        None, gt=0, description="numbers of a stored embedding; samples with others are skipped; None: not checked"
     )
     scale: float = Field(100.0, gt=0, description="inverse temperature of stored embeddings; a model has its own")
 
@@ -101,6 +110,8 @@ class TeacherConfig(Config):
     def _one_source(self) -> TeacherConfig:
         if (self.clip is None) == (self.image is None) or (self.image is None) != (self.text is None):
             raise ValueError("a teacher has either clip (a model) or image and text (fields of the samples' JSON)")
+        if self.embed_dim is not None and self.clip is not None:
+            raise ValueError("embed_dim is for stored embeddings; a model has its own")
         return self
 
 
@@ -188,7 +199,11 @@ def encoder_of(
         vocab_size=model.text_cfg.vocab_size,
         tokenizer=tokenizer_of(model.text_cfg) if own else None,
         **augmentation.model_dump(),
-        stored={name: (each.image, each.text) for name, each in (teachers or {}).items() if each.image and each.text},
+        stored={
+            name: StoredTeacher(each.image, each.text, each.embed_dim)
+            for name, each in (teachers or {}).items()
+            if each.image and each.text
+        },
     )
 
 

@@ -57,6 +57,7 @@ class Distillation(Config):
             loss: () its mean over ranks is the joint loss.
             similarity: () nats per pair, mean over teachers; only where it has a weight.
             features: () mean squared distance, mean over teachers; only where it has a weight.
+            scale: () inverse temperature of the student.
 
         Raises:
             ValueError: a teacher's embeddings are not in the batch, do not pair with the student's, or are of another
@@ -81,7 +82,7 @@ class Distillation(Config):
                 parts["similarity"] = torch.stack(losses).sum()
         factors = {"similarity": self.similarity, "features": self.features}
         loss = torch.stack([factors[name] * part for name, part in parts.items()]).sum()
-        return {"loss": loss, **{name: part.detach() for name, part in parts.items()}}
+        return {"loss": loss, **{name: part.detach() for name, part in parts.items()}, "scale": output.scale.detach()}
 
     def _weights(self, batch: Mapping[str, Any]) -> dict[str, float]:
         there = [key.removeprefix(TEACHER_IMAGE) for key in batch if key.startswith(TEACHER_IMAGE)]

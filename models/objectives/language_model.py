@@ -39,7 +39,7 @@ class AnswerTokens:
             token_accuracy: () share of answer tokens that score highest; its mean over ranks is the joint share.
         """
         logits_sV = output.logits_sV.to(torch.promote_types(output.logits_sV.dtype, torch.float32))
-        total = torch.tensor(float(len(output.target_s)), device=logits_sV.device)
+        total = torch.full((), float(len(output.target_s)), device=logits_sV.device)
         if group is not None:
             dist.all_reduce(total, group=group)
         share = world_in(group) / total.clamp(min=1)

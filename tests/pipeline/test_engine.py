@@ -46,12 +46,16 @@ def root_at_zero(output: Tensor, batch: dict[str, Any], group: ProcessGroup | No
     return {"loss": (output.float() * 0).square().sum().sqrt()}
 
 
-def make_engine(model: nn.Module, objective: Any = mean_square, **changes: Any) -> Engine:
+def make_engine(
+    model: nn.Module, objective: Any = mean_square, optimizer_type: str = "adamw", **changes: Any
+) -> Engine:
     config = parse(EngineConfig, {"train_batch_size": ROWS, "gradient_clipping": 0.1} | changes)
-    optimizer = OptimizerConfig(lr=0.01)
+    optimizer = OptimizerConfig(lr=0.01, type=optimizer_type)
     groups = decay_groups(model.named_parameters(), 0.1)
     runtime = init_runtime()
-    return Engine(config, model, objective, lambda groups: OPTIMIZERS["adamw"](groups, optimizer), groups, runtime)
+    return Engine(
+        config, model, objective, lambda groups: OPTIMIZERS[optimizer_type](groups, optimizer), groups, runtime
+    )
 
 
 def batch(group: ProcessGroup | None = None) -> dict[str, Tensor]:
@@ -68,7 +72,7 @@ def steps(engine: Engine, count: int, group: ProcessGroup | None = None) -> Step
         loss = engine.forward(batch(group))["loss"]
         engine.backward(loss)
         joint = all_reduce_sum({"loss": loss.detach()}, group)["loss"] / world_in(group)
-        found.append((joint, engine.step(1.0)))
+        found.append((joint, float(engine.step(1.0))))
     return found
 
 

@@ -1,5 +1,8 @@
 """Numbers that are read every few steps: peaks, norms, work."""
 
+from types import SimpleNamespace
+from typing import Any
+
 import pytest
 import torch
 from torch import nn
@@ -46,7 +49,8 @@ def test_a_window_counts_what_lies_in_it() -> None:
     gauges.count([{"tokens": 7}])
     gauges.restart()
     gauges.count([{"tokens": 10}, {"tokens": 20}])
-    gauges.before_update(stage=0, loss_scale=2.0)
+    engine: Any = SimpleNamespace(stage=0, loss_scale=2.0)
+    gauges.before_update(engine)
     groups = [{"lr": 0.1, "part": "image"}, {"lr": 0.2, "part": "image"}, {"lr": 0.3}]
     line = gauges.read(2.0, groups)
     assert line.pop("memory_gb") > 0

@@ -52,7 +52,7 @@ def test_a_stopped_rank_is_named(lost: int, tmp_path: Path) -> None:
     assert text.endswith("run again to go on from the last checkpoint")
     assert seconds < 240  # a collective would wait for 30 minutes
     stack = (tmp_path / "out.work" / f"hung-{1 - lost}.txt").read_text()
-    assert "_update" in stack or "means" in stack
+    assert "updates.py" in stack  # somewhere in a step
 
 
 @pytest.mark.slow

@@ -6,7 +6,7 @@ import torch
 from torch.distributed import ProcessGroup
 
 from mmfoundry.pipeline.distributed import rank_in
-from mmfoundry.pipeline.metrics import StageLog, Tally, read_metrics
+from mmfoundry.pipeline.metrics import Reading, StageLog, Tally, read_metrics
 from tests.ranks import run_ranks
 
 
@@ -76,7 +76,7 @@ def tally(group: ProcessGroup | None, offset: int) -> dict[str, float]:
     mine = Tally()
     mine.add({"loss": torch.tensor(1.0 + rank_in(group) + offset), "other": torch.tensor(2.0)}, weight=0.5)
     mine.add({"other": torch.tensor(4.0), "loss": torch.tensor(10.0)}, weight=torch.tensor(1.5))
-    return mine.means(group)
+    return Reading(mine.means(group)).numbers()
 
 
 def test_tally_is_the_weighted_mean_over_micro_batches_and_ranks() -> None:

@@ -194,6 +194,8 @@ def test_a_student_learns_from_a_model_and_from_stored_embeddings(shards: Path, 
             "png": picture(number),
             "txt": "one\ntwo",
             "json": json.dumps({"told": told["image"], "said": told["text"]}).encode(),
+            "told.npy": npy(told["image"]),
+            "said.npy": npy(told["text"]),
         }
         for number in range(16)
     )
@@ -203,7 +205,11 @@ def test_a_student_learns_from_a_model_and_from_stored_embeddings(shards: Path, 
         "trainer": trainer,
         "seed": 1,
         "objectives": {"info_nce": 1.0, "distillation": {"weight": 0.5, "similarity": 1.0}},
-        "teachers": {"big": {"clip": str(teaching.path)}, "kept": {"image": "told", "text": "said", "scale": 50.0}},
+        "teachers": {
+            "big": {"clip": str(teaching.path)},
+            "kept": {"image": "told", "text": "said", "scale": 50.0},
+            "arrays": {"image": "told.npy", "text": "said.npy", "embed_dim": 3},
+        },
     }
     found = run_stage(STAGE, parse(PretrainConfig, tree(shards, **changes)), tmp_path / "b", init_runtime())
     lines = read_metrics(found.path / "metrics.jsonl")
@@ -219,6 +225,12 @@ def picture(number: int) -> bytes:
     return file.getvalue()
 
 
+def npy(numbers: list[Any]) -> bytes:
+    file = io.BytesIO()
+    np.save(file, np.array(numbers, np.float16), allow_pickle=False)
+    return file.getvalue()
+
+
 def test_stored_embeddings_follow_their_caption(shards: Path) -> None:
     config = parse(PretrainConfig, tree(shards))
     pixels = np.zeros((24, 20, 3), np.uint8)
@@ -229,7 +241,8 @@ def test_stored_embeddings_follow_their_caption(shards: Path) -> None:
         first = pair["teacher_text/a"][0] == 1.0
         assert len(pair["text"].values) == (3 if first else 4)
         assert pair["teacher_image/a"].dtype == np.float32
-    for wrong in ({}, said | {"v": "x"}, said | {"t": [[1.0, 0.0]]}, said | {"v": [float("nan"), 0.0]}):
+    lacking = [{}, said | {"v": "x"}, said | {"t": [[1.0, 0.0]]}, said | {"v": [float("nan"), 0.0]}]
+    for wrong in [*lacking, said | {"v": [1.0, 2.0, 3.0]}]:
         with pytest.raises(UnreadableSample, match="stored embeddings"):
             encoder(Sample("key", pixels, ["one", "two"], meta=wrong), np.random.default_rng(0))
 
@@ -260,6 +273,7 @@ def test_sixteen_bits_learn_as_well(shards: Path, tmp_path: Path) -> None:
         ({"objectives": {"distillation": 1.0}}, "distillation objective and teachers go together"),
         ({"teachers": {"a": {"clip": "x"}}}, "distillation objective and teachers go together"),
         ({"teachers": {"a": {"clip": "x", "image": "y"}}}, "teachers.a: a teacher has either clip"),
+        ({"teachers": {"a": {"clip": "x", "embed_dim": 3}}}, "embed_dim is for stored embeddings"),
         ({"lock_image_unlocked_groups": 1}, "is for a locked tower: set lock_image"),
         ({"initial_towers": "image"}, "initial_towers says which towers of initial are taken"),
         ({"data": []}, "data"),
