@@ -378,7 +378,7 @@ def _dear_columns(
             if values is None:
                 values = judging.cache.get(judging.derived_path(plan, name, number, part))
             if values is None:  # deleted or altered since
-                makes = DERIVATIONS[name].makes
+                makes = list(DERIVATIONS[name].makes)
                 values = derive(table if reached is None else table.filter(reached), makes).select(makes)
             for series in values:
                 if series.name in asked:

@@ -120,11 +120,12 @@ def looked_at(monkeypatch: pytest.MonkeyPatch) -> list[int]:
 
 def test_what_is_dear_is_asked_only_of_what_is_left(pool: Path, tmp_path: Path, looked_at: list[int]) -> None:
     run(pool, tmp_path / "out", alone=False)
-    rows = pl.concat([pl.read_parquet(pool / f"{n}.parquet") for n in range(FILES)])
-    passing = rows.filter(
-        (pl.col("text").str.split(" ").list.len() > 2) & (pl.min_horizontal("original_width", "original_height") >= 200)
+    passes = (pl.col("text").str.split(" ").list.len() > 2) & (
+        pl.min_horizontal("original_width", "original_height") >= 200
     )
-    assert sum(looked_at) == passing.height < ROWS
+    texts = [pl.read_parquet(pool / f"{n}.parquet").filter(passes)["text"] for n in range(FILES)]
+    assert looked_at == [of_part.n_unique() for of_part in texts], "each caption once a part"
+    assert sum(looked_at) < sum(map(len, texts)) < ROWS
 
 
 def test_a_changed_filter_repeats_only_what_depends_on_it(pool: Path, tmp_path: Path, looked_at: list[int]) -> None:
