@@ -2,7 +2,7 @@
 
 import polars as pl
 import pytest
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from mmfoundry.data.derived import captions as module
@@ -25,6 +25,7 @@ def test_counts(captions: list[str | None]) -> None:
         assert made[name].to_list() == [None if text is None else count(text) for text in captions], name
 
 
+@example([None, "", "b".join(SPACES), SPACES], 2)
 @settings(max_examples=150, deadline=None)
 @given(st.lists(st.one_of(st.none(), texts), max_size=7), st.integers(1, 4))
 def test_words(captions: list[str | None], at_once: int) -> None:
