@@ -3,11 +3,12 @@
     python benchmarks/filter.py [--quick] [--json PATH] [--only basic ...] [--work FOLDER] [--wordnet FOLDER]
 
 `basic`, `text_based` and `clip_score` (top 30% by L/14) run on a drawn pool in DataComp's format, in the same number of
-processes. The peer is our own plain version of what DataComp's baselines do (filter_peers/plain.py: pandas, row by row,
-one process a parquet file, entity ids in a list, NLTK's WordNet). Clocks start when processes are up and have imported
-what they need, the peer's models and WordNet too. Both must keep the same uids. `basic, bare fastText` holds the whole
-stage against nothing but fastText's inference of the captions that the cheap rules leave: that is its floor, and a
-ratio of 0.83 is what we ask of ourselves. `metaclip matching` is one pass over a caption for 500,000 entries against
+processes. The peer is our own plain version of what DataComp's baselines do, step by step as its apply_filter.py does
+it (filter_peers/plain.py: pandas, row by row, one process a parquet file, entity ids in a list, NLTK's WordNet). Clocks
+start when processes are up and have imported what they need, the peer's models and WordNet too. Both must keep the same
+uids. `basic, bare fastText` holds the whole stage against nothing but fastText's inference of the captions that the
+cheap rules leave, each of them; a ratio of 0.83 is what we ask of ourselves. (The stage asks about a caption once a
+part, and half of the drawn ones come again.) `metaclip matching` is one pass over a caption for 500,000 entries against
 looking for each of them, in one process.
 
 A rate is rows (captions) a second; with --quick, and where a peer is too slow, it looks at the first rows of each file.

@@ -35,6 +35,10 @@ IDENTITY: dict[str, Column] = {
     "caption": Column(pl.String(), "text", "the caption, white space at both ends cut; null without captions"),
     "unreadable": Column(pl.String(), "pixels", "why the sample cannot be used; null if nothing was found"),
 }
+UID_NUMBERS: dict[str, Column] = {  # of every part of a pool, but in no table
+    "high": Column(pl.UInt64(), "text", "first half of the uid, as a number"),
+    "low": Column(pl.UInt64(), "text", "second half of the uid, as a number"),
+}
 COMPUTED: dict[str, Column] = {
     "width": Column(pl.UInt32(), "header", "pixels, before EXIF orientation"),
     "height": Column(pl.UInt32(), "header", "pixels, before EXIF orientation"),
@@ -51,7 +55,7 @@ METADATA: dict[str, Column] = {
         pl.List(pl.List(pl.Float64())), "metadata", "faces, each x0, y0, x1, y1 as fractions of the sides"
     ),
 }
-COLUMNS: dict[str, Column] = {**IDENTITY, **METADATA, **COMPUTED, **derived_columns()}
+COLUMNS: dict[str, Column] = {**IDENTITY, **UID_NUMBERS, **METADATA, **COMPUTED, **derived_columns()}
 _SIMILARITY = re.compile(r"clip_(\w+)_similarity_score")
 _SCORED = (  # what a scorer called NAME makes; DataComp's metadata has them for b32 and l14
     (_SIMILARITY, Column(pl.Float32(), "model", "cosine of image and caption under a CLIP")),

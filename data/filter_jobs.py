@@ -17,18 +17,18 @@ from typing import Any
 import numpy as np
 import polars as pl
 
-from mmfoundry.data.derived.base import DERIVATIONS, sources_of
-from mmfoundry.data.filters.account import IDENTITY_READ, Account, Judgement, account_of, judgement_of
+from mmfoundry.data.derived.base import DERIVATIONS, derive, sources_of
+from mmfoundry.data.filters.account import COUNTED, IDENTITY_READ, Account, Judgement, account_of, judgement_of
 from mmfoundry.data.filters.base import Filter, PoolFilter
+from mmfoundry.data.filters.basic import Readable
 from mmfoundry.data.filters.examples import candidates_of
-from mmfoundry.data.filters.passes import EVERY_ROW, Standing, columns_of, take_turns
+from mmfoundry.data.filters.passes import Standing, columns_of, take_turns
 from mmfoundry.data.filters.plan import Plan, Step, Turn, plan_of, uid_operation
-from mmfoundry.data.filters.subset import to_subset
+from mmfoundry.data.filters.subset import pairs_of_numbers
 from mmfoundry.data.parts import Part
 from mmfoundry.data.shard_names import Shard
 from mmfoundry.data.table import Request, describe_shard, write_parquet
 from mmfoundry.data.table_cache import TableCache, key_of
-from mmfoundry.data.uids import high_low
 
 REPEATED = {"uid": pl.String(), "captions": pl.String()}
 
@@ -101,8 +101,12 @@ class Judging:
         return key_of(self.pool, self.alone, self.unique, *keys)
 
     def verdicts_path(self, number: int, part: Part) -> Path:
-        """What pass `number` found of a part: verdicts as "v0", "v1" ... by operation, and derived columns."""
+        """What pass `number` found of a part: verdicts as "v0", "v1" ... by operation."""
         return self.cache.path("verdicts", f"{self.key}-{number}", part.identity)
+
+    def derived_path(self, plan: Plan, name: str, number: int, part: Part) -> Path:
+        """What a derivation made of the rows of a part that reach an operation."""
+        return self.cache.path("derived", f"{name}-{plan.reach_key(number, self.pool)}", part.identity)
 
     def partial_path(self, plan: Plan, turn: Turn, part: Part) -> Path:
         """A part's partial of one round."""
@@ -134,13 +138,12 @@ class PassJob(PartJob):
 
 
 def take_pass(job: PassJob) -> None:
-    """Write the part's partials, verdicts and derived columns of the pass."""
+    """Write the part's partials and verdicts of the pass."""
     judging, part, cache = job.judging, job.part, job.judging.cache
     plan = judging.plan
-    passes = plan.passes()
     turns = [
         turn
-        for turn in passes[job.number]
+        for turn in plan.passes()[job.number]
         if turn.round is None or not cache.has(judging.partial_path(plan, turn, part))
     ]
     place = judging.verdicts_path(job.number, part)
@@ -150,34 +153,44 @@ def take_pass(job: PassJob) -> None:
     if not turns:
         return
     standing = standing_before(judging, plan, job.number + is_judged, part)
+    _take_turns(judging, plan, turns, part, standing)
+    for turn in turns:
+        if turn.round is not None:
+            cache.put(judging.partial_path(plan, turn, part), standing.partials[turn.operation][-1])
+    if any(turn.round is None for turn in turns):
+        cache.put(place, _verdicts(turns, standing))
+
+
+def _take_turns(judging: Judging, plan: Plan, turns: Sequence[Turn], part: Part, standing: Standing) -> None:
+    """Take turns on a part; what is dear to derive is taken from the cache, or left there."""
+    cache = judging.cache
     states: dict[int, list[pl.DataFrame]] = {}
     for turn in turns:
         operation = plan.operations[turn.operation]
         rounds = [Turn(turn.operation, number) for number in range(operation.num_rounds)]
         states[turn.operation] = [_state(judging.state_path(plan, each)) for each in rounds[: turn.round]]
-        if turn.round is None:
+        if turn.round is None and _foregone(plan, turn, states) is None:
             paths = [judging.partial_path(plan, each, part) for each in rounds]
-            if _foregone(plan, turn, states) is None:
-                standing.partials[turn.operation] = [_whole(cache, path) for path in paths]
-        for name in [
-            name for name, maker in DERIVATIONS.items() if maker.dear and operation.filter.columns() & set(maker.makes)
-        ]:
-            key = plan.reach_key(turn.operation, judging.pool)
-            known = cache.get(cache.path("derived", f"{name}-{key}", part.identity))
+            standing.partials[turn.operation] = [_whole(cache, path) for path in paths]
+        for name in _dear(operation.filter.columns()):
+            known = cache.get(judging.derived_path(plan, name, turn.operation, part))
             if known is not None:
-                standing.derived[name, key] = known
+                standing.derived[name, plan.reach_key(turn.operation, judging.pool)] = known
     found_before = set(standing.derived)
     looked_at = [turn for turn in turns if _foregone(plan, turn, states) is None]
     table = part.read(columns_of(plan, looked_at))
     take_turns(plan, turns, table, standing, states, lambda number: plan.reach_key(number, judging.pool))
     for turn in turns:
-        if turn.round is not None:
-            cache.put(judging.partial_path(plan, turn, part), standing.partials[turn.operation][-1])
-    for (name, key), values in standing.derived.items():
-        if DERIVATIONS[name].dear and (name, key) not in found_before:
-            cache.put(cache.path("derived", f"{name}-{key}", part.identity), values)
-    if any(turn.round is None for turn in turns):
-        cache.put(place, _found(plan, turns, standing, table.height, judging.pool))
+        for name in _dear(plan.operations[turn.operation].filter.columns()):
+            key = name, plan.reach_key(turn.operation, judging.pool)
+            if key in standing.derived and key not in found_before:
+                cache.put(judging.derived_path(plan, name, turn.operation, part), standing.derived[key])
+                found_before.add(key)
+
+
+def _dear(columns: frozenset[str]) -> list[str]:
+    """The derivations worth keeping on a disk that make some of these columns."""
+    return [name for name, maker in DERIVATIONS.items() if maker.dear and columns & set(maker.makes)]
 
 
 def _foregone(plan: Plan, turn: Turn, states: dict[int, list[pl.DataFrame]]) -> bool | None:
@@ -185,29 +198,9 @@ def _foregone(plan: Plan, turn: Turn, states: dict[int, list[pl.DataFrame]]) -> 
     return one.foregone(states[turn.operation]) if isinstance(one, PoolFilter) and turn.round is None else None
 
 
-def _found(plan: Plan, turns: Sequence[Turn], standing: Standing, height: int, pool: str) -> pl.DataFrame:
-    """Verdicts, and the derived columns of all rows that were reached (null elsewhere)."""
-    columns: dict[str, pl.Series] = {}
-    for turn in turns:
-        if turn.round is not None:
-            continue
-        columns[f"v{turn.operation}"] = standing.verdicts[turn.operation]
-        reached = standing.reached(plan, turn.operation)
-        key = plan.reach_key(turn.operation, pool)
-        for (_, rows_key), values in standing.derived.items():
-            if rows_key in (key, EVERY_ROW):
-                for series in values:
-                    whole = _on_all_rows(series, None if rows_key == EVERY_ROW else reached, height)
-                    before = columns.get(series.name, whole)
-                    columns[series.name] = pl.select(pl.coalesce(before, whole)).to_series()
-    return pl.DataFrame(columns)
-
-
-def _on_all_rows(values: pl.Series, rows: pl.Series | None, height: int) -> pl.Series:
-    """Values of some rows (None: of all) as a column of all rows, null elsewhere."""
-    if rows is None:
-        return values
-    return pl.Series([None], dtype=values.dtype).new_from_index(0, height).scatter(rows.arg_true(), values)
+def _verdicts(turns: Sequence[Turn], standing: Standing) -> pl.DataFrame:
+    numbers = [turn.operation for turn in turns if turn.round is None]
+    return pl.DataFrame({f"v{number}": standing.verdicts[number] for number in numbers})
 
 
 def standing_before(judging: Judging, plan: Plan, number: int, part: Part) -> Standing:
@@ -215,9 +208,29 @@ def standing_before(judging: Judging, plan: Plan, number: int, part: Part) -> St
     standing = Standing()
     for earlier, turns in enumerate(plan.passes()[:number]):
         if any(turn.round is None for turn in turns):
-            for series in _whole(judging.cache, judging.verdicts_path(earlier, part)):
-                if series.name in (names := {f"v{turn.operation}": turn.operation for turn in turns}):
-                    standing.verdicts[names[series.name]] = series
+            _add_verdicts(standing, _whole(judging.cache, judging.verdicts_path(earlier, part)))
+    return standing
+
+
+def _add_verdicts(standing: Standing, table: pl.DataFrame) -> None:
+    standing.verdicts |= {int(series.name.removeprefix("v")): series for series in table}
+
+
+def standing_after(judging: Judging, part: Part) -> Standing:
+    """All verdicts on a part; the last pass is taken here, unless its verdicts lie in the cache.
+
+    They are kept there only where that is worth it: for what is cheap, writing and reading costs more than judging.
+    """
+    plan, cache = judging.plan, judging.cache
+    turns, number = plan.passes()[-1], len(plan.passes()) - 1
+    standing = standing_before(judging, plan, number, part)
+    known = cache.get(judging.verdicts_path(number, part))
+    if known is not None:
+        _add_verdicts(standing, known)
+        return standing
+    _take_turns(judging, plan, turns, part, standing)
+    if any(plan.operations[turn.operation].filter.dear for turn in turns):
+        cache.put(judging.verdicts_path(number, part), _verdicts(turns, standing))
     return standing
 
 
@@ -246,9 +259,9 @@ def write_kept(job: KeptJob) -> None:
     """Write the column; what models compute is computed of these rows alone."""
     if job.judging.cache.has(job.output):
         return
-    plan = job.judging.plan
-    standing = standing_before(job.judging, plan, len(plan.passes()), job.part)
-    judgement = judgement_of(plan, job.part.read(IDENTITY_READ), standing)
+    standing = standing_after(job.judging, job.part)
+    table = _counted(job.judging, job.part, standing)
+    judgement = judgement_of(job.judging.plan, table, standing)
     job.judging.cache.put(job.output, judgement.pairs.select("keep"))
 
 
@@ -291,43 +304,59 @@ class Counted:
 
 def count(job: AccountJob) -> Counted:
     """Write `kept/NNNNN.parquet` and `dropped/NNNNN.parquet` of a part, if that is wanted, and count it."""
-    judging, part = job.judging, job.part
-    plan = judging.plan
-    standing = standing_before(judging, plan, len(plan.passes()), part)
-    table = part.read(IDENTITY_READ)
+    judging, part, plan = job.judging, job.part, job.judging.plan
+    standing = standing_after(judging, part)
+    names_samples = job.outputs is not None or job.examples > 0 or job.with_judgement
+    table = part.read(IDENTITY_READ) if names_samples else _counted(judging, part, standing)
     judgement = judgement_of(plan, table, standing)
     if job.outputs is not None:
-        _write_rows(job, job.outputs, plan, judgement)
+        _write_rows(job, job.outputs, standing, judgement)
     return Counted(
         account_of(judgement),
-        to_subset(judgement.samples.filter("kept")["uid"]),
+        pairs_of_numbers(judgement.samples.filter("kept")),
         candidates_of(judgement, job.examples, job.seed),
         judgement if job.with_judgement else None,
-        _repeated(judging, plan, part, judgement),
+        _repeated(judging, plan, part),
     )
 
 
-def _repeated(judging: Judging, plan: Plan, part: Part, judgement: Judgement) -> pl.DataFrame:
+def _counted(judging: Judging, part: Part, standing: Standing) -> pl.DataFrame:
+    """`COUNTED` of a part; where all rows can be read, what `unique_uid` knows of them saves reading the uids again."""
+    plan = judging.plan
+    number = uid_operation(plan)
+    after_readable = any(
+        isinstance(plan.operations[leaf].filter, Readable) and standing.verdicts[leaf].all()
+        for leaf in plan.operations[number].waits_for()
+    )
+    known = judging.cache.get(judging.partial_path(plan, Turn(number, 0), part)) if after_readable else None
+    if known is None:
+        return part.read(COUNTED)
+    table = part.read(("index", "caption_index"))
+    if known.height != table.height:  # samples of several captions
+        return part.read(COUNTED)
+    return table.with_columns(known["high"], known["low"], unreadable=pl.lit(None, pl.String))
+
+
+def _repeated(judging: Judging, plan: Plan, part: Part) -> pl.DataFrame:
     """The samples whose uid is not theirs alone; different captions under one uid are a conflict."""
     state = _state(judging.state_path(plan, Turn(uid_operation(plan), 0)))
     if not state.height:
         return pl.DataFrame(schema=REPEATED)
-    rows = judgement.pairs.select("index", "uid", *high_low()).join(state, on=["high", "low"], how="semi")
-    captions = part.read(["index", "caption"]).join(rows.select("index").unique(), on="index", how="semi")
-    of_samples = captions.group_by("index", maintain_order=True).agg("caption")
+    rows = part.read(["index", "uid", "high", "low", "caption"]).join(state, on=["high", "low"], how="semi")
+    of_samples = rows.group_by("index", maintain_order=True).agg(pl.col("uid").first(), "caption")
     texts = [json.dumps(texts) for texts in of_samples["caption"].to_list()]
     digests = [hashlib.blake2b(text.encode(), digest_size=16).hexdigest() for text in texts]
-    said = of_samples.select("index", captions=pl.Series(digests, dtype=pl.String))
-    return rows.unique("index", maintain_order=True).join(said, on="index").select(list(REPEATED))
+    return of_samples.select("uid", captions=pl.Series(digests, dtype=pl.String))
 
 
-def _write_rows(job: AccountJob, outputs: Path, plan: Plan, judgement: Judgement) -> None:
-    part = job.part
+def _write_rows(job: AccountJob, outputs: Path, standing: Standing, judgement: Judgement) -> None:
+    part, plan = job.part, job.judging.plan
     asked = {name for name in job.columns if name not in (*IDENTITY_READ, "caption")}
     table = part.read(sources_of(asked) | set(IDENTITY_READ) | {"caption"})
-    rows = table.with_columns(_derived_columns(job.judging, plan, part, asked)).filter(judgement.pairs["keep"])
+    found = _dear_columns(job.judging, part, standing, asked, table)
+    rows = derive(table.with_columns(found).filter(judgement.pairs["keep"]), asked)
     named = pl.lit(part.name).alias("shard")
-    order = [*IDENTITY_READ[:5], "caption", *sorted(asked & set(rows.columns))]
+    order = ["uid", "key", "shard", "index", "caption_index", "caption", *sorted(asked & set(rows.columns))]
     write_parquet(rows.select(order).with_columns(named), outputs / "kept" / f"{part.number:05d}.parquet")
     names = pl.Series([name for name, _ in plan.steps], dtype=pl.String)
     dropped = judgement.samples.filter(~pl.col("kept")).select(
@@ -336,15 +365,36 @@ def _write_rows(job: AccountJob, outputs: Path, plan: Plan, judgement: Judgement
     write_parquet(dropped, outputs / "dropped" / f"{part.number:05d}.parquet")
 
 
-def _derived_columns(judging: Judging, plan: Plan, part: Part, asked: set[str]) -> list[pl.Series]:
-    """The derived columns that passes left, for the rows that they looked at."""
-    found: dict[str, list[pl.Series]] = {}
-    for number, turns in enumerate(plan.passes()):
-        if any(turn.round is None for turn in turns):
-            for series in _whole(judging.cache, judging.verdicts_path(number, part)):
+def _dear_columns(
+    judging: Judging, part: Part, standing: Standing, asked: set[str], table: pl.DataFrame
+) -> list[pl.Series]:
+    """The dear derived columns, for the rows that filters asked for; null elsewhere."""
+    plan = judging.plan
+    found: dict[str, pl.Series] = {}
+    for number, operation in enumerate(plan.operations):
+        for name in _dear(operation.filter.columns() & asked):
+            reached = standing.reached(plan, number)
+            values = standing.derived.get((name, plan.reach_key(number, judging.pool)))
+            if values is None:
+                values = judging.cache.get(judging.derived_path(plan, name, number, part))
+            if values is None:  # deleted or altered since
+                makes = list(DERIVATIONS[name].makes)
+                values = derive(table if reached is None else table.filter(reached), makes).select(makes)
+            for series in values:
                 if series.name in asked:
-                    found.setdefault(series.name, []).append(series)
-    return [pl.select(pl.coalesce(several)).to_series().rename(name) for name, several in found.items()]
+                    whole = _on_all_rows(series, reached)
+                    before = found.get(series.name, whole)
+                    found[series.name] = pl.select(pl.coalesce(before, whole)).to_series().rename(series.name)
+    return list(found.values())
+
+
+def _on_all_rows(values: pl.Series, rows: pl.Series | None) -> pl.Series:
+    """Values of some rows (None: of all) as a column of all rows, null elsewhere."""
+    if rows is None:
+        return values
+    return (
+        pl.Series(values.name, [None], dtype=values.dtype).new_from_index(0, len(rows)).scatter(rows.arg_true(), values)
+    )
 
 
 def _whole(cache: TableCache, path: Path) -> pl.DataFrame:

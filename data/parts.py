@@ -11,16 +11,20 @@ import zipfile
 from abc import ABC, abstractmethod
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass
+from functools import lru_cache
+from itertools import pairwise
 from pathlib import Path
 
 import numpy as np
 import polars as pl
 
-from mmfoundry.data.columns import IDENTITY, JSON_PREFIX, column_named
+from mmfoundry.data.columns import IDENTITY, JSON_PREFIX, UID_NUMBERS, column_named
 from mmfoundry.data.table_cache import key_of
+from mmfoundry.data.uids import high_low, numbers_of
 from mmfoundry.pipeline.errors import DamagedInput, MissingInput, UnknownColumn
 
-MAX_ROWS = 200_000  # of a metadata file that are one part, so that no worker holds more at once
+MAX_ROWS = 1 << 18  # of a metadata file that are one part, so that no worker holds more; a row group as polars writes
+_OF_UID = ("uid", "unreadable", *UID_NUMBERS)
 _RENAMED = {"caption": "text", "width": "original_width", "height": "original_height"}
 EMBEDDINGS = ("b32_img", "b32_txt", "l14_img", "l14_txt")
 
@@ -34,7 +38,7 @@ class Part(ABC):
 
     @abstractmethod
     def read(self, columns: Collection[str]) -> pl.DataFrame:
-        """The rows with these columns, none of them derived; `shard` is the part's number.
+        """The rows with these columns, none of them derived; `shard` is the part's number, `UID_NUMBERS` the uid's.
 
         Raises:
             DamagedInput: the file cannot be read; named.
@@ -57,7 +61,8 @@ class TablePart(Part):
     def read(self, columns: Collection[str]) -> pl.DataFrame:
         """As `Part.read`."""
         found: list[pl.Series] = []
-        left = set(columns) - {"shard"}
+        numbers = UID_NUMBERS.keys() & columns
+        left = (set(columns) | ({"uid"} if numbers else set())) - {"shard", *numbers}
         for path in self.tables:
             here = [name for name in pl.read_parquet_schema(path) if name in left]
             if here:
@@ -65,7 +70,10 @@ class TablePart(Part):
             left -= set(here)
         if left:
             raise UnknownColumn(f"{self.name}: no column {', '.join(sorted(left))}")
-        return _with_number(pl.DataFrame(found), self.number, columns)
+        table = pl.DataFrame(found)
+        if numbers:
+            table = table.with_columns(*high_low())
+        return _with_number(table if "uid" in columns else table.drop("uid", strict=False), self.number, columns)
 
 
 @dataclass(frozen=True)
@@ -87,35 +95,51 @@ class MetadataPart(Part):
         """As `Part.read`."""
         known = pl.read_parquet_schema(self.path)
         embeddings = [name for name in columns if name in EMBEDDINGS and name not in known]
-        wanted = [self._expression(name, known) for name in sorted(columns) if name not in ("shard", *embeddings)]
+        of_uid = [name for name in columns if name in _OF_UID]
+        others = sorted(set(columns) - {"shard", *embeddings, *of_uid})
         try:
+            wanted = [self._expression(name, known) for name in others]
+            wanted += [pl.col("uid").cast(pl.String)] if of_uid else []
             scan = pl.scan_parquet(self.path, glob=False).slice(self.start, self.count)
             table = scan.with_row_index("__row", self.start).select(*wanted, "__row").collect()
         except (pl.exceptions.PolarsError, OSError) as error:
             raise DamagedInput(f"{self.path}: cannot be read ({_first_line(error)})") from error
         if table.height != self.count:
             raise DamagedInput(f"{self.path}: has changed since the run began")
+        if of_uid:
+            table = table.drop("uid").with_columns(self._of_uid(table["uid"], table["__row"], of_uid))
         for name in embeddings:
             rows = npz_rows(self.path.with_suffix(".npz"), name, self.start, self.count)
             table = table.with_columns(pl.Series(name, rows.astype(np.float32, copy=False)).cast(pl.List(pl.Float32)))
         return _with_number(table.drop("__row"), self.number, columns)
 
+    def _of_uid(self, uids: pl.Series, rows: pl.Series, wanted: Collection[str]) -> list[pl.Series]:
+        """What is asked for of uids: themselves, their numbers, or why they are none."""
+        numbers = numbers_of(uids)
+        if numbers is not None:
+            found = numbers.with_columns(unreadable=pl.lit(None, pl.String))
+            if "uid" in wanted:
+                found = found.with_columns(uids.str.to_lowercase())
+            return found.select(wanted).get_columns()
+        is_uid = pl.col("uid").str.contains(r"^[0-9a-f]{32}$").fill_null(False)
+        made = pl.lit(self.identity[:22]) + rows.cast(pl.String).str.zfill(10)
+        reason = pl.when(~is_uid).then(pl.lit("uid is not 32 hex digits"))
+        found = (
+            uids.str.to_lowercase().to_frame().select(pl.when(is_uid).then("uid").otherwise(made), unreadable=reason)
+        )
+        return found.with_columns(*high_low()).select(wanted).get_columns()
+
     def _expression(self, name: str, known: Collection[str]) -> pl.Expr:
         """How a column of ours is had from the file's."""
         row = pl.col("__row").cast(pl.UInt32)
-        uid = pl.col("uid").cast(pl.String).str.to_lowercase()
-        is_uid = uid.str.contains(r"^[0-9a-f]{32}$").fill_null(False)
         match name:
-            case "uid":
-                made = pl.lit(self.identity[:22]) + row.cast(pl.String).str.zfill(10)
-                return pl.when(is_uid).then(uid).otherwise(made).alias(name)
-            case "unreadable":
-                reason = pl.when(~is_uid).then(pl.lit("uid is not 32 hex digits"))
-                return reason.alias(name)
             case "index":
                 return row.alias(name)
             case "caption_index":
-                return pl.when(pl.col("text").is_not_null()).then(pl.lit(0, pl.UInt32)).alias(name)
+                made = pl.lit(0, pl.UInt32)
+                if _lacks_text(self.path, self.path.stat().st_mtime_ns):
+                    made = pl.when(pl.col("text").is_not_null()).then(made)
+                return made.alias(name)
             case "key":
                 return (pl.col("key") if "key" in known else pl.lit(None)).cast(pl.String).alias(name)
             case "width" | "height":
@@ -172,9 +196,11 @@ def metadata_parts(files: Sequence[Path], columns: Collection[str]) -> tuple[lis
             continue
         _require(path, known, columns)
         state = path.stat()
-        for start in range(0, rows, MAX_ROWS):
+        pieces = -(-rows // MAX_ROWS)
+        cuts = [rows * piece // pieces for piece in range(pieces + 1)]  # of one size, so that no worker is done early
+        for start, end in pairwise(cuts):
             identity = key_of(path.name, state.st_size, state.st_mtime_ns, start)
-            parts.append(MetadataPart(len(parts), path.name, identity, path, start, min(MAX_ROWS, rows - start)))
+            parts.append(MetadataPart(len(parts), path.name, identity, path, start, end - start))
     if not parts:
         why = f" ({next(iter(damaged.values()))})" if damaged else ""
         raise MissingInput(f"{files[0].parent}: no row in its {len(files)} parquet files{why}")
@@ -182,7 +208,7 @@ def metadata_parts(files: Sequence[Path], columns: Collection[str]) -> tuple[lis
 
 
 def _require(path: Path, known: Collection[str], columns: Collection[str]) -> None:
-    for name in sorted({"uid", "text", *columns} - {"caption", *set(IDENTITY) - {"uid"}}):
+    for name in sorted({"uid", "text", *columns} - {"caption", *UID_NUMBERS, *set(IDENTITY) - {"uid"}}):
         source = name.removeprefix(JSON_PREFIX)
         needed = {"aspect": ["original_width", "original_height"]}.get(name, [_RENAMED.get(name, source)])
         missing = [each for each in needed if each not in known]
@@ -200,6 +226,13 @@ def _require(path: Path, known: Collection[str], columns: Collection[str]) -> No
             else "is not there"
         )
         raise UnknownColumn(f"{path}: a filter reads {', '.join(missing)}, which {where}")
+
+
+@lru_cache(maxsize=64)
+def _lacks_text(path: Path, modified: int) -> bool:
+    """Whether a row of a file has no text: where the file's statistics tell, its texts are not read for that."""
+    without = pl.scan_parquet(path, glob=False).filter(pl.col("text").is_null()).select("text")
+    return bool(without.head(1).collect().height)
 
 
 def npz_rows(path: Path, name: str, start: int, count: int) -> np.ndarray:

@@ -7,6 +7,8 @@ pairs of numbers have the order of the strings.
 import numpy as np
 import polars as pl
 
+DIGITS = 32
+_AT_ONCE = 1 << 14  # uids, whose text stays in the cache
 # of SplitMix64 (Steele et al. 2014, "Fast splittable pseudorandom number generators"): a bijection that looks random
 _STEP = np.uint64(0x9E3779B97F4A7C15)
 _FACTORS = (np.uint64(0xBF58476D1CE4E5B9), np.uint64(0x94D049BB133111EB))
@@ -19,6 +21,27 @@ def high_low(uid: str = "uid") -> tuple[pl.Expr, pl.Expr]:
         column.str.slice(0, 16).str.to_integer(base=16, dtype=pl.UInt64).alias("high"),
         column.str.slice(16).str.to_integer(base=16, dtype=pl.UInt64).alias("low"),
     )
+
+
+def numbers_of(uids: pl.Series) -> pl.DataFrame | None:
+    """The two numbers of each uid, "high" and "low"; None where one is not 32 hex digits, of either case.
+
+    Text is decoded many uids at a time: several times as fast as `high_low`, which looks at one after the other.
+    """
+    if uids.null_count() or not (uids.str.len_bytes() == DIGITS).all():
+        return None
+    high, low = np.empty((2, len(uids)), np.uint64)
+    for start in range(0, len(uids), _AT_ONCE):
+        some = uids[start : start + _AT_ONCE]
+        try:
+            data = bytes.fromhex(some.str.join("").item())
+        except ValueError:
+            return None
+        if 2 * len(data) != DIGITS * len(some):  # white space is passed over
+            return None
+        halves = np.frombuffer(data, ">u8").reshape(-1, 2)
+        high[start : start + len(some)], low[start : start + len(some)] = halves[:, 0], halves[:, 1]
+    return pl.DataFrame({"high": high, "low": low})
 
 
 def mixed(*numbers: np.ndarray | int, seed: int = 0) -> np.ndarray:

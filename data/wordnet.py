@@ -42,6 +42,7 @@ _ENDINGS: Mapping[str, tuple[tuple[str, str], ...]] = {
     "adj": (("er", ""), ("est", ""), ("er", "e"), ("est", "e")),
     "adv": (),
 }
+_ENDS = {part: tuple(ending for ending, _ in rules) for part, rules in _ENDINGS.items()}
 
 
 @dataclass(frozen=True)
@@ -65,18 +66,21 @@ class WordNet:
         word = word.lower()
         for part in PARTS_OF_SPEECH:
             known = self.synsets[part]
-            form = next(filter(known.__contains__, self._forms(word, part)), None)
-            if form is not None:
-                return known[form][0]
+            if word in known:
+                return known[word][0]
+            # most words are no form of anything
+            if word in self.exceptions[part] or word.endswith(_ENDS[part]):
+                form = next(filter(known.__contains__, self._forms(word, part)), None)
+                if form is not None:
+                    return known[form][0]
         return None
 
     def _forms(self, word: str, part: str) -> Iterator[str]:
-        """The word and what it may be a form of, as NLTK 3.8.1 does it, which is what DataComp asks for.
+        """What a word may be a form of, as NLTK 3.8.1 does it, which is what DataComp asks for.
 
         Exceptions stand for the rules. The rules are applied again to what they gave as long as no form is known;
         NLTK from 3.9 on applies them once.
         """
-        yield word
         if word in self.exceptions[part]:
             yield from self.exceptions[part][word]
             return

@@ -9,9 +9,11 @@ import importlib.metadata
 import json
 import os
 import platform
+import re
 import subprocess
 import tempfile
 from collections.abc import Collection, Iterable, Mapping
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
@@ -146,12 +148,15 @@ def digest_of(ref: str | Path) -> str:
         names = {file.relative_to(path).as_posix(): file for file in files}
     else:
         names = {file.name if len({f.name for f in files}) == len(files) else str(file): file for file in files}
-    records = {}
-    for name, file in names.items():
-        status = file.stat()
-        changed = f"@{status.st_mtime_ns}" if status.st_size > FULL_DIGEST_BYTES else ""
-        records[name] = FileRecord(bytes=status.st_size, sha256=fingerprint(file) + changed)
+    with ThreadPoolExecutor(min(len(names), os.cpu_count() or 1)) as threads:  # hashing lets go of the interpreter
+        records = dict(zip(names, threads.map(_record_of_input, names.values()), strict=True))
     return f"files:{_digest_records(records)}"
+
+
+def _record_of_input(file: Path) -> FileRecord:
+    status = file.stat()
+    changed = f"@{status.st_mtime_ns}" if status.st_size > FULL_DIGEST_BYTES else ""
+    return FileRecord(bytes=status.st_size, sha256=fingerprint(file) + changed)
 
 
 def local_files(ref: str | Path) -> list[Path]:
@@ -255,10 +260,17 @@ def environment() -> dict[str, str]:
     found = {"python": platform.python_version(), "machine": platform.machine(), "cores": str(os.cpu_count())}
     for package in ("torch", "deepspeed", "transformers", "open_clip_torch", "peft", "numpy"):
         try:
-            found[package] = importlib.metadata.version(package)
+            found[package] = _version(package)
         except importlib.metadata.PackageNotFoundError:
             continue
     return found
+
+
+def _version(package: str) -> str:
+    """As `importlib.metadata.version`, which parses all of a package's description for it."""
+    found = importlib.metadata.distribution(package)
+    line = re.search(r"^Version: *(\S+)", found.read_text("METADATA") or "", re.MULTILINE)
+    return line[1] if line else found.version
 
 
 def code_version() -> str:

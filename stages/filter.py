@@ -16,7 +16,7 @@ import numpy as np
 import polars as pl
 from pydantic import Field, field_validator, model_validator
 
-from mmfoundry.data.columns import COLUMNS, column_named, is_similarity, scorer_of
+from mmfoundry.data.columns import COLUMNS, UID_NUMBERS, column_named, is_similarity, scorer_of
 from mmfoundry.data.decode import DecodeLimits
 from mmfoundry.data.derived.base import sources_of
 from mmfoundry.data.filter_jobs import Counted, Judging
@@ -55,7 +55,7 @@ from mmfoundry.stages.filter_passes import (
 from mmfoundry.stages.filter_scorers import ScoringConfig
 
 # columns of every table; `unreadable` is not among them, since only where a filter reads it is every image decoded
-ALWAYS_THERE = frozenset({"uid", "key", "shard", "index", "caption_index", "caption"})
+ALWAYS_THERE = frozenset({"uid", "key", "shard", "index", "caption_index", "caption", *UID_NUMBERS})
 
 
 class FilterConfig(ScoringConfig, StageConfig):

@@ -1,10 +1,12 @@
-"""DataComp's baselines as anybody would write them with pandas: row by row, one process a parquet file.
+"""DataComp's baselines as its own code does them (apply_filter.py): pandas, row by row, one process a parquet file.
 
     python plain.py NAME POOL OUTPUT.npy WORKERS ROWS [WORDNET IDS]
 
 NAME is basic, text_based, clip_score or bare (fastText's inference alone, of the captions that the cheap rules of
-`basic` leave). Libraries, models and WordNet are loaded before the clock starts. Of each file the first ROWS rows are
-looked at. Ends with one line of JSON: rows, seconds and, where there are such, uids.
+`basic` leave). As there, `basic` and `text_based` turn every uid into numbers, `clip_score` the kept ones, the top
+fraction's threshold takes a reading of its own, and the subset is sorted and saved in the main process. In its favour,
+libraries, models and WordNet are loaded before the clock starts (there: the model once a file, workers once a reading).
+Of each file the first ROWS rows are looked at. Ends with one line of JSON: rows and seconds.
 """
 
 from __future__ import annotations
@@ -43,7 +45,7 @@ def load(wordnet: str | None, ids: str | None) -> None:
 def language_of(text: str) -> str:
     """fastText's first guess."""
     labels, _ = _loaded["model"].predict(text.replace("\n", " "))
-    return str(labels[0]).removeprefix("__label__")
+    return str(labels[0]).split("__label__")[1]
 
 
 def names_entity(text: str) -> bool:
@@ -63,8 +65,9 @@ def basic(path: Path, rows: int) -> tuple[int, np.ndarray]:
     characters = table.text.apply(len)
     shorter = np.minimum(table.original_width, table.original_height)
     longer = np.maximum(table.original_width, table.original_height)
+    subset = as_subset(table.uid)
     keep = english & (words > 2) & (characters > 5) & (shorter >= 200) & (longer / shorter <= 3.0)
-    return len(table), as_subset(table.uid)[keep]
+    return len(table), subset[keep]
 
 
 def text_based(path: Path, rows: int) -> tuple[int, np.ndarray]:
@@ -77,7 +80,8 @@ def text_based(path: Path, rows: int) -> tuple[int, np.ndarray]:
 def clip_score(path: Path, rows: int, threshold: float) -> tuple[int, np.ndarray]:
     """The uids of one file with at least this score."""
     table = read(path, rows, ["uid", "clip_l14_similarity_score"])
-    return len(table), as_subset(table.uid[table.clip_l14_similarity_score >= threshold])
+    kept = table[table.clip_l14_similarity_score >= threshold]["uid"].to_numpy()
+    return len(table), np.array([(int(uid[:16], 16), int(uid[16:32], 16)) for uid in kept], SUBSET)
 
 
 def scores(path: Path, rows: int) -> pd.DataFrame:
@@ -104,8 +108,10 @@ def read(path: Path, rows: int, columns: list[str]) -> pd.DataFrame:
 
 
 def as_subset(uids: pd.Series) -> np.ndarray:
-    """uids as pairs of numbers."""
-    return np.array([(int(uid[:16], 16), int(uid[16:], 16)) for uid in uids], SUBSET)
+    """All uids of a file as pairs of numbers: each as one number of 128 bits, halved."""
+    numbers = uids.apply(int, base=16)
+    upper, lower = (numbers // 2**64).astype("uint64"), (numbers % 2**64).astype("uint64")
+    return np.array(list(zip(upper, lower, strict=True)), SUBSET)
 
 
 def main(name: str, pool: str, output: str, workers: int, rows: int, further: Sequence[str]) -> dict[str, Any]:

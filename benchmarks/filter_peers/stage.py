@@ -10,19 +10,28 @@ import json
 import sys
 import time
 from pathlib import Path
-from pkgutil import resolve_name
 
+import numpy.ma  # polars looks at it when it is given an array
+
+from mmfoundry.data.derived.base import DERIVATIONS
 from mmfoundry.data.executors import make_executor
+from mmfoundry.data.filters.base import FILTERS
 from mmfoundry.launch import verbs
 from mmfoundry.launch.catalog import Stages
+from mmfoundry.pipeline import metrics
 from mmfoundry.pipeline.distributed import init_runtime
 from mmfoundry.stages import filter_passes
+
+
+def imported(_: int) -> list[str]:
+    """Have all modules of filters in this process; a registry imports its own when it is asked."""
+    return [numpy.ma.__name__, metrics.__name__, *FILTERS, *DERIVATIONS]
 
 
 def main(config: str, output: str, workers: str) -> None:
     """Run the stage."""
     executor = make_executor("local", int(workers))
-    executor.map(resolve_name, ["mmfoundry.data.filter_jobs:take_pass"] * int(workers) * 2, lambda *_: None)
+    executor.map(imported, range(int(workers) * 2), lambda *_: None)
     filter_passes.make_executor = lambda *_: executor
     job = verbs.prepare(Stages(), "filter", Path(config), [f"output={output}", f"num_workers={workers}"])
     runtime = init_runtime()

@@ -29,10 +29,12 @@ class Language(Derivation):
     @staticmethod
     def compute(table: pl.DataFrame) -> dict[str, pl.Series]:
         """Guess and probability; null without a caption."""
-        captions = table["caption"]
+        captions = table.select("caption")
+        each = captions.drop_nulls().unique()  # what is there many times is asked about once
         names = ("language", "language_probability")
-        guesses = _guesses(captions.drop_nulls())
-        return {name: _back_in_place(values, captions) for name, values in zip(names, guesses, strict=True)}
+        known = each.with_columns(**dict(zip(names, _guesses(each["caption"]), strict=True)))
+        found = captions.join(known, on="caption", how="left", maintain_order="left")
+        return {name: found[name] for name in names}
 
 
 @DERIVATIONS.register("cld3_language")

@@ -12,7 +12,8 @@ import polars as pl
 from mmfoundry.data.filters.passes import Standing
 from mmfoundry.data.filters.plan import Plan
 
-IDENTITY_READ = ("uid", "key", "shard", "index", "caption_index", "unreadable")
+IDENTITY_READ = ("uid", "high", "low", "key", "shard", "index", "caption_index", "unreadable")
+COUNTED = ("high", "low", "index", "caption_index", "unreadable")  # of it, where nobody has to be named
 
 
 @dataclass(frozen=True)
@@ -21,9 +22,9 @@ class Judgement:
 
     Attributes:
         names: of the steps, in sequence.
-        pairs: `IDENTITY_READ` and "keep" (bool), in the order of the part.
-        samples: one row a sample, in the order of the part: "uid", "key", "shard", "index", "unreadable", "kept" and
-            "step" (number of the step that dropped its last pair; null if kept).
+        pairs: `COUNTED` or all of `IDENTITY_READ`, and "keep" (bool), in the order of the part.
+        samples: one row a sample, in the order of the part: the same without "caption_index", "kept" and "step" (number
+            of the step that dropped its last pair; null if kept).
         alone: bool (samples, steps): whether a step by itself keeps at least one pair of the sample; None if not asked.
         unjudged: bool (samples, steps): whether a step cannot judge any pair of the sample; such a one is not kept.
         pairs_alone: pairs that each step by itself keeps.
@@ -44,24 +45,27 @@ def judgement_of(plan: Plan, table: pl.DataFrame, standing: Standing) -> Judgeme
 
     Args:
         plan: all of whose operations are judged.
-        table: the part's rows, with `IDENTITY_READ` at least; those of a sample stand together.
+        table: the part's rows, with `COUNTED` at least; those of a sample stand together.
         standing: what was found of the part.
     """
     first_row = np.flatnonzero(_starts(table))
-    step = np.full(table.height, len(plan.steps))
+    step = np.full(table.height, len(plan.steps), np.int32)
     left = np.ones(table.height, bool)
     pairs_after = []
     for number, verdict in enumerate(plan.in_sequence):
         kept = left & _true(verdict.of(standing.verdicts))
-        step[left & ~kept] = number  # the first that does not keep the row
+        pairs_after.append(int(kept.sum()))
+        if pairs_after[-1] < table.height:
+            step[left & ~kept] = number  # the first that does not keep the row
         left = kept
-        pairs_after.append(int(left.sum()))
-    keep = np.logical_or.reduceat(left, first_row) if table.height else left
-    last = _of_samples(np.maximum, np.where(left, -1, step), first_row)
-    samples = table.select("uid", "key", "shard", "index", "unreadable")[first_row].with_columns(
-        kept=pl.Series(keep), step=pl.Series(last, dtype=pl.Int32)
+    pairs = table.select([name for name in IDENTITY_READ if name in table.columns])
+    keep = _of_samples(np.logical_or, left, first_row)
+    last = _of_samples(np.maximum, np.where(left, np.int32(-1), step), first_row)
+    samples = pairs.drop("caption_index")
+    samples = samples if len(first_row) == table.height else samples[first_row]
+    samples = samples.with_columns(
+        kept=pl.Series(keep), step=pl.Series(last, dtype=pl.Int32).set(pl.Series(keep), None)
     )
-    samples = samples.with_columns(step=pl.when(~pl.col("kept")).then(pl.col("step")))
     by_itself = [verdict.of(standing.verdicts) for verdict in plan.alone]
     alone = unjudged = None
     if by_itself:
@@ -71,7 +75,7 @@ def judgement_of(plan: Plan, table: pl.DataFrame, standing: Standing) -> Judgeme
         )
     return Judgement(
         names=[name for name, _ in plan.steps],
-        pairs=table.select(IDENTITY_READ).with_columns(keep=pl.Series(left)),
+        pairs=pairs.with_columns(keep=pl.Series(left)),
         samples=samples,
         alone=alone,
         unjudged=unjudged,
@@ -91,7 +95,7 @@ def _true(verdict: pl.Series) -> np.ndarray:
 
 
 def _of_samples(combine: np.ufunc, values: np.ndarray, first_row: np.ndarray) -> np.ndarray:
-    return combine.reduceat(values, first_row) if len(values) else values
+    return values if len(values) == len(first_row) else combine.reduceat(values, first_row)
 
 
 def _matrix(columns: Sequence[np.ndarray], rows: int) -> np.ndarray:

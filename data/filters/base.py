@@ -25,6 +25,7 @@ class Filter(Config):
     """
 
     needs_uid: ClassVar[bool] = False
+    dear: ClassVar[bool] = False  # whether its verdicts are worth keeping on a disk
 
     @property
     def scope(self) -> Literal["row", "pool"]:

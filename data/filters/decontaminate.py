@@ -2,6 +2,7 @@
 
 from functools import lru_cache
 from pathlib import Path
+from typing import ClassVar
 
 import numpy as np
 import polars as pl
@@ -23,6 +24,8 @@ class Decontaminate(Filter):
     (Gadre et al. 2023, arXiv 2304.14108, section 3.2). Each test that is on is made; a row on which none says that it
     is in a set, but one cannot say, cannot be judged.
     """
+
+    dear: ClassVar[bool] = True
 
     evals: list[Path] = Field(
         min_length=1, description="sets: tables with the columns that are compared, or tars or folders of pictures"

@@ -5,13 +5,15 @@ same one whatever the order of the shards.
 """
 
 from collections.abc import Sequence
+from typing import ClassVar
 
-import numpy as np
 import polars as pl
 
 from mmfoundry.data.filters.base import FILTERS, PoolFilter
 from mmfoundry.data.uids import high_low
 
+_NUMBERS_AND_PLACE = ("high", "low", "shard", "index")
+_AT_ONCE = 8  # tables that are read together
 _ROWS_A_TURN = 1 << 26  # of which marks are held in memory at once, 8 bytes each
 
 
@@ -47,16 +49,18 @@ class UniqueUid(PoolFilter):
     Its state has each repeated uid, the place of its first sample, and how many `samples` have it.
     """
 
+    needs_uid: ClassVar[bool] = False
+
     def columns(self) -> frozenset[str]:
-        """Place in the pool."""
-        return frozenset({"shard", "index"})
+        """The uid as numbers, and the place in the pool."""
+        return frozenset(_NUMBERS_AND_PLACE)
 
     def partial(self, table: pl.DataFrame, states: Sequence[pl.DataFrame]) -> pl.DataFrame:
         """uid and place of each sample, as numbers."""
-        rows = table.select(*high_low(), _place().alias("place"))
+        rows = table.select(_NUMBERS_AND_PLACE)
         index = table["index"].to_numpy()
         if (index[1:] == index[:-1]).any():  # several captions a sample
-            rows = rows.unique("place", keep="first", maintain_order=True)
+            rows = rows.unique(("shard", "index"), keep="first", maintain_order=True)
         return rows
 
     def merge(self, partials: Sequence[pl.LazyFrame], states: Sequence[pl.DataFrame]) -> pl.DataFrame:
@@ -64,7 +68,7 @@ class UniqueUid(PoolFilter):
         return (
             repeated(partials, ["high", "low"])
             .group_by("high", "low")
-            .agg(pl.col("place").min(), samples=pl.len())
+            .agg(place=_place().min(), samples=pl.len())
             .sort("high", "low")
         )
 
@@ -74,7 +78,7 @@ class UniqueUid(PoolFilter):
 
     def judge(self, table: pl.DataFrame, states: Sequence[pl.DataFrame], partials: Sequence[pl.DataFrame]) -> pl.Series:
         """True for the rows of the first sample of each uid."""
-        rows = table.select(*high_low(), here=_place())
+        rows = table.select("high", "low", here=_place())
         rows = rows.join(states[0], on=["high", "low"], how="left", maintain_order="left")
         return rows.select(keep=(pl.col("place") == pl.col("here")).fill_null(True)).to_series()
 
@@ -88,30 +92,27 @@ def repeated(partials: Sequence[pl.LazyFrame], key: Sequence[str]) -> pl.DataFra
         partials: tables with the columns of the key and others, each gone through at most twice a turn.
         key: columns that must be equal.
     """
-    total = sum(partial.select(pl.len()).collect().item() for partial in partials)
+    partials = [pl.concat(partials[first : first + _AT_ONCE]) for first in range(0, len(partials), _AT_ONCE)]
+    total = pl.concat([partial.select(pl.len()) for partial in partials]).sum().collect().item()
     turns = max(1, -(-total // _ROWS_A_TURN))
     found = []
     for turn in range(turns):
-        marks = [_marks(partial, key, turn, turns) for partial in partials]
-        ordered = np.sort(np.concatenate([mark for mark, _ in marks]))
-        again = np.unique(ordered[1:][ordered[1:] == ordered[:-1]])
-        if not len(again):
-            continue
-        for partial, (mark, rows) in zip(partials, marks, strict=True):
-            place = np.minimum(np.searchsorted(again, mark), len(again) - 1)
-            chosen = rows[again[place] == mark]
-            if len(chosen):
-                found.append(partial.collect()[chosen])
+        marks = [_marks(partial.select(key).collect(), turn, turns) for partial in partials]
+        ordered = pl.concat(marks).sort()
+        again = ordered.filter(ordered == ordered.shift()).unique().implode()
+        for partial, mark in zip(partials, marks, strict=True):
+            if again.list.len()[0] and mark.is_in(again).any():
+                rows = partial.collect()
+                found.append(rows.filter(rows.select(key).hash_rows().is_in(again)))
     if not found:
         return partials[0].head(0).collect()
     return pl.concat(found).filter(pl.len().over(key) > 1)  # different keys may have one mark
 
 
-def _marks(partial: pl.LazyFrame, key: Sequence[str], turn: int, turns: int) -> tuple[np.ndarray, np.ndarray]:
-    """A number for each row's key, equal for equal keys, of this turn's rows; and which rows those are."""
-    mark = partial.select(key).collect().hash_rows().to_numpy()
-    rows = np.flatnonzero(mark % np.uint64(turns) == turn) if turns > 1 else np.arange(len(mark))
-    return mark[rows], rows
+def _marks(keys: pl.DataFrame, turn: int, turns: int) -> pl.Series:
+    """A number for each row, equal for equal rows, of this turn's rows."""
+    marks = keys.hash_rows()
+    return marks.filter(marks % turns == turn) if turns > 1 else marks
 
 
 def _place() -> pl.Expr:

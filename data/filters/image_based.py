@@ -3,6 +3,7 @@
 from collections.abc import Sequence
 from functools import lru_cache
 from pathlib import Path
+from typing import ClassVar
 
 import numpy as np
 import polars as pl
@@ -23,6 +24,8 @@ class ImageBased(PoolFilter):
     trained on what reaches it, or read from a file. Nearest is the highest inner product. Embeddings that are missing
     or not finite cannot be judged.
     """
+
+    dear: ClassVar[bool] = True
 
     reference: list[Path] = Field(min_length=1, description="files with embeddings: npy, npz, safetensors, pt")
     embedding: str = Field("l14_img", description="column of the images' embeddings; DataComp: l14_img")

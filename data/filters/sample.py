@@ -5,6 +5,7 @@ one of the same seed.
 """
 
 from collections.abc import Sequence
+from typing import ClassVar
 
 import numpy as np
 import polars as pl
@@ -65,6 +66,8 @@ class CapPerCluster(PoolFilter):
     Rows with one value in a column (`language`, `json.NAME`) are a cluster. A column of embeddings makes clusters by
     k-means on the rows that reach the filter.
     """
+
+    dear: ClassVar[bool] = True
 
     column: str = Field(description="what makes clusters: any column; embeddings are SCORER_img and SCORER_txt")
     count: int = Field(ge=1, description="samples of each cluster that stay, at most")

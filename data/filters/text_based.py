@@ -7,7 +7,7 @@ import numpy as np
 import polars as pl
 from pydantic import Field
 
-from mmfoundry.data.derived.captions import WORD
+from mmfoundry.data.derived.captions import words_of
 from mmfoundry.data.filters.base import FILTERS, Filter
 from mmfoundry.data.filters.basic import Language
 from mmfoundry.data.filters.combine import All
@@ -85,12 +85,10 @@ class _Entities:
 
     def named_in(self, captions: pl.Series) -> pl.Series:
         """Whether a word of each caption does; null without a caption."""
-        words = captions.str.extract_all(WORD)
-        rows = np.repeat(np.arange(len(captions)), words.list.len().fill_null(0).to_numpy())
-        each = words.drop_nulls().explode(empty_as_null=False)
-        names = [word for word in each.unique() if self._names(word)]
+        words, rows = words_of(captions)
+        names = [word for word in words.unique().to_list() if self._names(word)]
         named = np.zeros(len(captions), bool)
-        named[rows[each.is_in(names).to_numpy()]] = True
+        named[rows[words.is_in(names).to_numpy()]] = True
         return pl.Series(named).set(captions.is_null(), None)
 
     def _names(self, word: str) -> bool:

@@ -10,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from mmfoundry.data import parts
-from mmfoundry.data.parts import metadata_files, metadata_parts, npz_rows
+from mmfoundry.data.parts import TablePart, metadata_files, metadata_parts, npz_rows
 from mmfoundry.pipeline.errors import DamagedInput, MissingInput, UnknownColumn
 
 UID = "0123456789abcdef0123456789ABCDEF"
@@ -49,6 +49,22 @@ def test_datacomps_names_become_ours(tmp_path: Path) -> None:
     assert table["unreadable"].to_list() == [None, "uid is not 32 hex digits", "uid is not 32 hex digits"]
     assert table["uid"].n_unique() == 3
     assert table["index"].to_list() == [0, 1, 2]
+
+
+@pytest.mark.parametrize("uids", [[UID, UID.upper()], [UID, "short"], ["0" * 32, None]])
+@pytest.mark.parametrize("statistics", [True, False])
+def test_uids_are_given_as_numbers_too(tmp_path: Path, uids: list[str | None], statistics: bool) -> None:
+    texts = ["a", None] if uids[1] else ["a", "b"]
+    pl.DataFrame({"uid": uids, "text": texts}).write_parquet(tmp_path / "a.parquet", statistics=statistics)
+    found, _ = metadata_parts([tmp_path / "a.parquet"], [])
+    table = found[0].read(["uid", "high", "low", "unreadable", "caption_index"])
+    assert [divmod(int(uid, 16), 2**64) for uid in table["uid"]] == table.select("high", "low").rows()
+    assert table["unreadable"].is_null().to_list() == [len(uid or "") == 32 for uid in uids]
+    assert table["caption_index"].to_list() == [None if text is None else 0 for text in texts]
+    table.write_parquet(tmp_path / "table.parquet")
+    of_tar = TablePart(3, "a.tar", "", (tmp_path / "table.parquet",)).read(["low", "high", "shard"])
+    assert of_tar.select("high", "low").equals(table.select("high", "low"))
+    assert of_tar.columns == ["high", "low", "shard"]
 
 
 @settings(max_examples=30, deadline=None)

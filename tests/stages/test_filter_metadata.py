@@ -12,6 +12,7 @@ import pytest
 
 from mmfoundry.data import filter_jobs, parts
 from mmfoundry.data.derived import language
+from mmfoundry.data.filters.sample import CapPerCluster
 from mmfoundry.data.filters.subset import read_subset
 from mmfoundry.data.parts import MetadataPart
 from mmfoundry.pipeline.artifact import Artifact
@@ -120,11 +121,12 @@ def looked_at(monkeypatch: pytest.MonkeyPatch) -> list[int]:
 
 def test_what_is_dear_is_asked_only_of_what_is_left(pool: Path, tmp_path: Path, looked_at: list[int]) -> None:
     run(pool, tmp_path / "out", alone=False)
-    rows = pl.concat([pl.read_parquet(pool / f"{n}.parquet") for n in range(FILES)])
-    passing = rows.filter(
-        (pl.col("text").str.split(" ").list.len() > 2) & (pl.min_horizontal("original_width", "original_height") >= 200)
+    passes = (pl.col("text").str.split(" ").list.len() > 2) & (
+        pl.min_horizontal("original_width", "original_height") >= 200
     )
-    assert sum(looked_at) == passing.height < ROWS
+    texts = [pl.read_parquet(pool / f"{n}.parquet").filter(passes)["text"] for n in range(FILES)]
+    assert looked_at == [of_part.n_unique() for of_part in texts], "each caption once a part"
+    assert sum(looked_at) < sum(map(len, texts)) < ROWS
 
 
 def test_a_changed_filter_repeats_only_what_depends_on_it(pool: Path, tmp_path: Path, looked_at: list[int]) -> None:
@@ -216,6 +218,37 @@ def test_repeated_uids_cost_a_pass_and_change_nothing_else(pool: Path, tmp_path:
         assert read_subset(made.path / "subset.npy") == expected
     late = {"all": [*TREE["all"], "unique_uid"]}
     assert len(read_subset(run(pool, tmp_path / "late", filters=late).path / "subset.npy")) >= len(expected)
+
+
+@pytest.mark.parametrize("what", ["as it is", "no uid", "a uid twice"])
+def test_without_tables_subset_and_account_are_the_same(pool: Path, tmp_path: Path, what: str) -> None:
+    table = pl.read_parquet(pool / "0.parquet")
+    if what == "no uid":
+        table = table.with_columns(uid=pl.Series([None, "no hex", *table["uid"][2:]]))
+    if what == "a uid twice":
+        table = table.with_columns(uid=pl.Series([table["uid"][9], *table["uid"][1:]]))
+    table.write_parquet(pool / "0.parquet")
+    for alone in (True, False):
+        both = [
+            run(pool, tmp_path / f"{alone}-{tables}", alone=alone, tables=tables, max_unreadable=0.1)
+            for tables in (True, False)
+        ]
+        assert not (both[1].path / "kept").exists()
+        for name in ("subset.npy", "funnel.json"):
+            assert (both[0].path / name).read_bytes() == (both[1].path / name).read_bytes(), name
+
+
+@pytest.mark.parametrize("dear", [True, False])
+def test_the_last_verdicts_are_kept_where_they_are_dear(
+    pool: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, dear: bool
+) -> None:
+    monkeypatch.setattr(CapPerCluster, "dear", dear)
+    tree = {"all": ["basic", {"cap_per_cluster": {"column": "language", "count": 5}}]}
+    made = run(pool, tmp_path / "out", alone=False, filters=tree)
+    kept = {path.name.rpartition("-")[2] for path in (tmp_path / "out.cache" / "verdicts").iterdir()}
+    assert kept == ({"0", "1"} if dear else {"0"})
+    again = run(pool, tmp_path / "again", alone=False, filters=tree, cache_dir=str(tmp_path / "out.cache"))
+    assert payload(again) == payload(made)
 
 
 def test_columns_that_only_images_tell(pool: Path, tmp_path: Path) -> None:

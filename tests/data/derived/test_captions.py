@@ -1,10 +1,12 @@
 """data/derived/captions.py against Python's and fastText's ways to split."""
 
 import polars as pl
-from hypothesis import given, settings
+import pytest
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
-from mmfoundry.data.derived.captions import CaptionLength, CaptionTokens
+from mmfoundry.data.derived import captions as module
+from mmfoundry.data.derived.captions import CaptionLength, CaptionTokens, count_words, words_of
 from tests.data.filters.datacomp_reference import tokens
 
 SPACES = " \t\n\r\x0b\x0c\x00\x1c\x1d\x1e\x1f\x85\u00a0\u1680\u2000\u200a\u200b\u2028\u2029\u202f\u205f\u3000\ufeff"
@@ -21,6 +23,20 @@ def test_counts(captions: list[str | None]) -> None:
     for name, count in counts.items():
         assert made[name].dtype == pl.UInt32
         assert made[name].to_list() == [None if text is None else count(text) for text in captions], name
+
+
+@example([None, "", "b".join(SPACES), SPACES], 2)
+@settings(max_examples=150, deadline=None)
+@given(st.lists(st.one_of(st.none(), texts), max_size=7), st.integers(1, 4))
+def test_words(captions: list[str | None], at_once: int) -> None:
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(module, "_ROWS_AT_ONCE", at_once)
+        words, rows = words_of(pl.Series(captions, dtype=pl.String))
+        counts = count_words(pl.Series(captions, dtype=pl.String))
+    split = [None if text is None else text.split() for text in captions]
+    assert words.to_list() == [word for words in split for word in words or []]
+    assert rows.tolist() == [row for row, words in enumerate(split) for _ in words or []]
+    assert counts.to_list() == [None if words is None else len(words) for words in split]
 
 
 def test_every_character_between_two_words() -> None:

@@ -16,6 +16,8 @@ def table(*rows: dict[str, Any]) -> pl.DataFrame:
         {"uid": uid(number), "key": str(number), "shard": 0, "index": number, "caption_index": 0, **row}
         for number, row in enumerate(rows)
     ]
+    for row in filled:
+        row["high"], row["low"] = divmod(int(row["uid"], 16), 2**64)
     names = {name for row in filled for name in row} - set(COLUMNS)
     others = {name: column.dtype for name in sorted(names) if (column := column_named(name)) is not None}
     types = {name: column.dtype for name, column in COLUMNS.items()}
