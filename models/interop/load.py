@@ -34,18 +34,18 @@ def load_any_clip(folder: str | Path) -> CLIP:
     """
     folder = Path(folder)
     if (folder / OPEN_CLIP_CONFIG).is_file():
-        record = _read_json(folder / OPEN_CLIP_CONFIG)
-        state = _read_weights(folder / OPEN_CLIP_WEIGHTS)
+        record = read_json(folder / OPEN_CLIP_CONFIG)
+        state = read_weights(folder / OPEN_CLIP_WEIGHTS)
         source = str(folder / OPEN_CLIP_CONFIG)
         return from_open_clip(record.get("model_cfg", {}), state, record.get("preprocess_cfg"), source)
     if not (folder / CONFIG_FILE).is_file():
         raise MissingInput(f"{folder}: no CLIP here: neither {CONFIG_FILE} nor {OPEN_CLIP_CONFIG}")
-    record = _read_json(folder / CONFIG_FILE)
+    record = read_json(folder / CONFIG_FILE)
     if record.get("format") == FORMAT:
         return load_clip(folder)
     if record.get("model_type") != "clip":
         raise DamagedInput(f"{folder / CONFIG_FILE}: neither one of our CLIPs nor a CLIPModel of transformers")
-    return from_transformers(_with_defaults(record), _read_weights(folder / WEIGHTS_FILE), str(folder / CONFIG_FILE))
+    return from_transformers(_with_defaults(record), read_weights(folder / WEIGHTS_FILE), str(folder / CONFIG_FILE))
 
 
 def _with_defaults(record: dict[str, Any]) -> dict[str, Any]:
@@ -58,7 +58,12 @@ def _with_defaults(record: dict[str, Any]) -> dict[str, Any]:
     return CLIPConfig(**record).to_dict()
 
 
-def _read_json(file: Path) -> dict[str, Any]:
+def read_json(file: Path) -> dict[str, Any]:
+    """A JSON object.
+
+    Raises:
+        DamagedInput: the file holds something else.
+    """
     try:
         record = json.loads(file.read_text(encoding="utf-8"))
     except ValueError as error:
@@ -68,7 +73,13 @@ def _read_json(file: Path) -> dict[str, Any]:
     return record
 
 
-def _read_weights(file: Path) -> dict[str, Tensor]:
+def read_weights(file: Path) -> dict[str, Tensor]:
+    """Weights by name, on the CPU.
+
+    Raises:
+        MissingInput: no such file.
+        DamagedInput: not a whole safetensors file.
+    """
     if not file.is_file():
         raise MissingInput(f"{file}: no such file; weights are read from safetensors only")
     try:
