@@ -14,7 +14,7 @@ from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
-from pydantic import Field, field_validator, model_validator
+from pydantic import Field, field_validator
 from torch import Tensor, nn
 
 from mmfoundry.models.clip import ClipOutput, PreprocessConfig, at_least_fp32
@@ -68,25 +68,29 @@ class OpenClipConfig(Config):
     def _by_name(cls, given: Any) -> Any:
         return named_model_cfg(given) if isinstance(given, str) else given
 
-    @model_validator(mode="after")
-    def _nothing_from_a_hub(self) -> OpenClipConfig:
+    @field_validator("open_clip")
+    @classmethod
+    def _can_be_built(cls, tree: dict[str, Any]) -> dict[str, Any]:
         for key in ("vision_cfg", "text_cfg"):
-            if not isinstance(self.open_clip.get(key), dict):
-                raise ValueError(f"open_clip's model config has no {key}")
-        if name := self._text.get("hf_model_name"):
+            if not isinstance(tree.get(key), dict):
+                raise ValueError(f"open_clip's model config has a mapping {key}")
+        vision, text = tree["vision_cfg"], tree["text_cfg"]
+        if name := text.get("hf_model_name"):
             raise ValueError(
                 f"text_cfg.hf_model_name: the text tower {name} comes from the Hugging Face hub, and nothing is "
                 "downloaded; take a config with open_clip's own text tower"
             )
-        if ":" in (name := str(self._vision.get("timm_model_name"))):
-            raise ValueError(f"vision_cfg.timm_model_name: {name} names a hub or a folder; give an architecture of timm")
-        if self._text.get("pad_id", PAD) != PAD or self.open_clip.get("pad_id", PAD) != PAD:
+        if ":" in (name := str(vision.get("timm_model_name"))):
+            raise ValueError(
+                f"vision_cfg.timm_model_name: {name} names a hub or a folder; give an architecture of timm"
+            )
+        if text.get("pad_id", PAD) != PAD or tree.get("pad_id", PAD) != PAD:
             raise ValueError(f"pad_id: captions are padded with {PAD}")
-        size = self._vision.get("image_size", 224)
+        size = vision.get("image_size", 224)
         sides = list(size) if isinstance(size, list | tuple) else [size, size]
         if len(set(sides)) != 1 or len(sides) != 2 or not isinstance(sides[0], int):
             raise ValueError(f"vision_cfg.image_size is {size}; pictures are squares here")
-        return self
+        return tree
 
     @property
     def _vision(self) -> dict[str, Any]:
@@ -128,6 +132,19 @@ class OpenClipConfig(Config):
                 raise ConfigError(
                     f"text_cfg.{key} is {self._text[key]}: this model reads another tokenizer's ids than CLIP's, the "
                     "only one that this stage has"
+                )
+
+    def check_resizing(self) -> None:
+        """Refuse a model whose pictures are resized in another way than ours.
+
+        Raises:
+            ConfigError: the key is named.
+        """
+        for key, ours in (("interpolation", "bicubic"), ("resize_mode", "shortest")):
+            if getattr(self.preprocess_cfg, key) != ours:
+                raise ConfigError(
+                    f"preprocess_cfg.{key} is {getattr(self.preprocess_cfg, key)}: this stage resizes with {ours}, so "
+                    "its numbers would not be the model's"
                 )
 
 
@@ -188,11 +205,11 @@ class OpenClip(nn.Module):
         text, words = self.open_clip.text(self._padded(tokens_bL))
         # The decoder is causal, so what is behind the batch's longest caption need not be computed.
         logits = self.open_clip.text_decoder(patches, words[:, : tokens_bL.shape[1] - 1])
-        next_bL = tokens_bL[:, 1:].long()  # noqa: N806  (shape suffix)
+        next_bL = tokens_bL[:, 1:].long()
         nats = F.cross_entropy(
             at_least_fp32(logits).flatten(0, 1), next_bL.flatten(), ignore_index=PAD, reduction="none"
         )
-        said_bL = next_bL != PAD  # noqa: N806
+        said_bL = next_bL != PAD
         return CaptionedOutput(
             image_bD=F.normalize(at_least_fp32(image), dim=-1),
             text_bD=F.normalize(at_least_fp32(text), dim=-1),

@@ -4,7 +4,9 @@ The loss contract. `objective(output, batch, group)` returns `loss` such that it
 one micro-batch. Where a step has several micro-batches, they count alike, unless the objective has a method
 `weight(batch)`: what this rank's micro-batch counts for (answer tokens, say), read on the host before the batch goes
 to the device. Weights are summed over ranks and micro-batches before the first forward pass, so that any split of the
-same samples into ranks and micro-batches gives the same loss and gradient.
+same samples into ranks and micro-batches gives the same loss and gradient. An objective of several parts, of which some
+count like that, has `weights(batch)` instead, part -> number, and is handed each part's factor (1 on average) in the
+batch, as 0-d tensors under `loss_weights`: it multiplies by itself.
 """
 
 from __future__ import annotations
@@ -38,6 +40,8 @@ from mmfoundry.pipeline.optimizers import ParamGroup, build_optimizer, decay_gro
 from mmfoundry.pipeline.schedules import lr_factor
 from mmfoundry.pipeline.stage import CHECKPOINTS, RunContext
 from mmfoundry.pipeline.trainer_config import TrainerConfig, steps_of
+
+WEIGHTS = "loss_weights"  # of a batch; see the loss contract
 
 
 class DataLoader(Protocol):
@@ -257,8 +261,9 @@ class _Training:
         asked = torch.tensor(float(stop), device=device)
         tally = Tally()
         losses = []
-        for batch, weight in zip(batches, self._micro_weights(batches), strict=True):
-            values = self.engine.accumulate(to_device(batch, device), weight)
+        parts = self._part_weights(batches)
+        for batch, own, weight in zip(batches, parts, self._micro_weights(batches), strict=True):
+            values = self.engine.accumulate({**to_device(batch, device), **own}, weight)
             losses.append(values["loss"])
             tally.add(values | {"stop": asked}, 1.0 if weight is None else weight)
         self.heart.at(step, Doing.JOINING)
@@ -298,12 +303,25 @@ class _Training:
         weight_of = getattr(self.objective, "weight", None)
         if weight_of is None or len(batches) == 1:
             return [None] * len(batches)
-        weights = torch.tensor([float(weight_of(b)) for b in batches], dtype=torch.float64).to(self.runtime.device)
+        return list(self._shares([[float(weight_of(batch)) for batch in batches]])[0])
+
+    def _part_weights(self, batches: list[Batch]) -> list[Batch]:
+        """What each micro-batch is handed beside its samples: the factors of the objective's parts, if it has such."""
+        weights_of = getattr(self.objective, "weights", None)
+        counted = [weights_of(batch) for batch in batches] if weights_of is not None and len(batches) > 1 else [{}]
+        if not counted[0]:
+            return [{}] * len(batches)
+        shares = self._shares([[float(each[part]) for each in counted] for part in counted[0]])
+        return [{WEIGHTS: dict(zip(counted[0], own, strict=True))} for own in shares.T]
+
+    def _shares(self, counts: list[list[float]]) -> Tensor:
+        """Rows of what micro-batches count for on this rank, as factors of the joint losses: 1 on average, fp32."""
+        weights = torch.tensor(counts, dtype=torch.float64).to(self.runtime.device)
         if self.runtime.group is not None:
             dist.all_reduce(weights, group=self.runtime.group)
-        total = weights.sum()
+        total = weights.sum(1, keepdim=True)
         # A step without any weight (no answer token in it) has loss and gradient zero whatever the factor is.
-        return list(torch.where(total > 0, weights * len(batches) / total, torch.ones_like(weights)).float())
+        return torch.where(total > 0, weights * weights.shape[1] / total, torch.ones_like(weights)).float()
 
     def _log(self, joint: dict[str, float]) -> None:
         step = self.progress.step

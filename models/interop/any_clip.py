@@ -14,7 +14,7 @@ from mmfoundry.models.clip import CLIP, ClipConfig
 from mmfoundry.models.interop.load import OPEN_CLIP_CONFIG, OPEN_CLIP_WEIGHTS, load_any_clip, read_json, read_weights
 from mmfoundry.models.interop.open_clip import from_open_clip_config, named_model_cfg
 from mmfoundry.models.io import check_fit, save_clip, untrained_clip
-from mmfoundry.models.open_clip_model import OpenClip, OpenClipConfig
+from mmfoundry.models.open_clip_model import OpenClip, OpenClipConfig, OpenClipPreprocess
 from mmfoundry.pipeline.artifact import write_atomic
 from mmfoundry.pipeline.config import parse
 from mmfoundry.pipeline.errors import ConfigError, DamagedInput, MissingInput
@@ -35,7 +35,9 @@ def config_of_name(name: str) -> AnyClipConfig:
     return config_of(named_model_cfg(name), source=f"open_clip's {name}")
 
 
-def config_of(model_cfg: dict[str, Any], preprocess_cfg: dict[str, Any] | None = None, source: str = "") -> AnyClipConfig:
+def config_of(
+    model_cfg: dict[str, Any], preprocess_cfg: dict[str, Any] | None = None, source: str = "open_clip config"
+) -> AnyClipConfig:
     """Our config for one of open_clip's, or its own where our towers cannot express it.
 
     Args:
@@ -49,8 +51,7 @@ def config_of(model_cfg: dict[str, Any], preprocess_cfg: dict[str, Any] | None =
     try:
         return from_open_clip_config(model_cfg, preprocess_cfg, source)
     except ConfigError:
-        known = {key: value for key, value in (preprocess_cfg or {}).items() if key in ("mean", "std")}
-        known |= {key: value for key, value in (preprocess_cfg or {}).items() if key in ("interpolation", "resize_mode")}
+        known = {key: each for key, each in (preprocess_cfg or {}).items() if key in OpenClipPreprocess.model_fields}
         return parse(OpenClipConfig, {"open_clip": model_cfg, "preprocess_cfg": known}, source=source)
 
 

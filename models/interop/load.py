@@ -14,7 +14,7 @@ from mmfoundry.models.clip import CLIP
 from mmfoundry.models.interop.open_clip import from_open_clip
 from mmfoundry.models.interop.transformers_clip import from_transformers
 from mmfoundry.models.io import CONFIG_FILE, FORMAT, WEIGHTS_FILE, load_clip
-from mmfoundry.pipeline.errors import DamagedInput, MissingInput
+from mmfoundry.pipeline.errors import ConfigError, DamagedInput, MissingInput
 
 OPEN_CLIP_CONFIG = "open_clip_config.json"
 OPEN_CLIP_WEIGHTS = "open_clip_model.safetensors"
@@ -37,7 +37,10 @@ def load_any_clip(folder: str | Path) -> CLIP:
         record = read_json(folder / OPEN_CLIP_CONFIG)
         state = read_weights(folder / OPEN_CLIP_WEIGHTS)
         source = str(folder / OPEN_CLIP_CONFIG)
-        return from_open_clip(record.get("model_cfg", {}), state, record.get("preprocess_cfg"), source)
+        try:
+            return from_open_clip(record.get("model_cfg", {}), state, record.get("preprocess_cfg"), source)
+        except ConfigError as error:
+            raise ConfigError(f"{error}; only a plain ViT CLIP can be used here") from error
     if not (folder / CONFIG_FILE).is_file():
         raise MissingInput(f"{folder}: no CLIP here: neither {CONFIG_FILE} nor {OPEN_CLIP_CONFIG}")
     record = read_json(folder / CONFIG_FILE)
