@@ -154,10 +154,10 @@ def _parts(config: ReleaseConfig, context: RunContext) -> list[_Part]:
             subject = Subject(CLIP_OPEN_CLIP, source, measured, clip_facts(clip))
             fill, compare = partial(save_clip_for_open_clip, clip), partial(check_open_clip, clip=clip)
             parts.append(_Part(CLIP_OPEN_CLIP, fill, compare, subject))
-        if "transformers" in config.clip_formats and isinstance(clip, OpenClip):
-            kind = type(clip.open_clip).__name__
-            raise ConfigError(f"clip_formats: transformers has no class for open_clip's {kind}: set it to [open_clip]")
         if "transformers" in config.clip_formats:
+            if isinstance(clip, OpenClip):
+                kind = type(clip.open_clip).__name__
+                raise ConfigError(f"clip_formats: transformers has no class for open_clip's {kind}; set [open_clip]")
             subject = Subject(CLIP_TRANSFORMERS, source, measured, clip_facts(clip))
             fill, compare = partial(save_clip_for_transformers, clip), partial(check_clip_model, clip=clip)
             parts.append(_Part(CLIP_TRANSFORMERS, fill, compare, subject))
