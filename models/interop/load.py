@@ -11,7 +11,7 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from mmfoundry.models.clip import CLIP
-from mmfoundry.models.interop.open_clip import from_open_clip
+from mmfoundry.models.interop.open_clip import from_open_clip, from_open_clip_config
 from mmfoundry.models.interop.transformers_clip import from_transformers
 from mmfoundry.models.io import CONFIG_FILE, FORMAT, WEIGHTS_FILE, load_clip
 from mmfoundry.pipeline.errors import ConfigError, DamagedInput, MissingInput
@@ -35,12 +35,13 @@ def load_any_clip(folder: str | Path) -> CLIP:
     folder = Path(folder)
     if (folder / OPEN_CLIP_CONFIG).is_file():
         record = read_json(folder / OPEN_CLIP_CONFIG)
-        state = read_weights(folder / OPEN_CLIP_WEIGHTS)
+        parts = (record.get("model_cfg", {}), record.get("preprocess_cfg"))
         source = str(folder / OPEN_CLIP_CONFIG)
         try:
-            return from_open_clip(record.get("model_cfg", {}), state, record.get("preprocess_cfg"), source)
+            from_open_clip_config(*parts, source)
         except ConfigError as error:
             raise ConfigError(f"{error}; only a plain ViT CLIP can be used here") from error
+        return from_open_clip(parts[0], read_weights(folder / OPEN_CLIP_WEIGHTS), parts[1], source)
     if not (folder / CONFIG_FILE).is_file():
         raise MissingInput(f"{folder}: no CLIP here: neither {CONFIG_FILE} nor {OPEN_CLIP_CONFIG}")
     record = read_json(folder / CONFIG_FILE)

@@ -1,0 +1,112 @@
+"""stages/pretrain.py, eval.py, release.py with models that open_clip's own module computes: CoCa, ConvNeXt, ResNet."""
+
+import io
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import open_clip
+import pytest
+import torch
+from PIL import Image
+from torch.distributed import ProcessGroup
+
+from mmfoundry.data.shards import write_shards
+from mmfoundry.models.interop.any_clip import read_clip
+from mmfoundry.models.open_clip_model import OpenClip
+from mmfoundry.pipeline.config import parse
+from mmfoundry.pipeline.distributed import Runtime, init_runtime
+from mmfoundry.pipeline.errors import ConfigError
+from mmfoundry.pipeline.metrics import read_metrics
+from mmfoundry.pipeline.stage import run_stage
+from mmfoundry.stages.filter_encoders import load_encoder
+from mmfoundry.stages.pretrain import STAGE, PretrainConfig
+from mmfoundry.stages.release import STAGE as RELEASE
+from mmfoundry.stages.release import ReleaseConfig
+from tests.models.tiny_open_clip import model_cfg
+from tests.ranks import run_ranks
+
+COLOURS = {"red": (220, 30, 30), "a square that is green": (30, 200, 30), "blue all over": (30, 30, 220)}
+
+
+@pytest.fixture(scope="module")
+def shards(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """48 squares of three colours, whose captions have unlike lengths."""
+    folder = tmp_path_factory.mktemp("shards")
+
+    def samples() -> Any:
+        for number in range(48):
+            caption = list(COLOURS)[number % 3]
+            file = io.BytesIO()
+            Image.fromarray(np.full((20, 20, 3), COLOURS[caption], np.uint8)).save(file, "png")
+            tail = " indeed" * (number % 4)
+            yield {"__key__": f"{number:04d}", "png": file.getvalue(), "txt": f"{caption}{tail}"}
+
+    write_shards(samples(), folder, max_count=24)
+    return folder
+
+
+def tree(shards: Path, kind: str = "coca", **changes: Any) -> dict[str, Any]:
+    trainer = {"train_batch_size": 12, "max_steps": 3, "optimizer": {"lr": 3e-3}, "scheduler": {"warmup_steps": 1}}
+    config: dict[str, Any] = {
+        "seed": 3,
+        "data": [{"path": str(shards)}],
+        "model": {"open_clip": model_cfg(kind, vocab_size=49_408, context_length=12)},
+        "objectives": {"coca": 1.0} if kind == "coca" else {"info_nce": 1.0},
+        "trainer": trainer | changes.pop("trainer", {}),
+    }
+    return config | changes
+
+
+def curve(group: ProcessGroup | None, output: str, config: dict[str, Any], key: str = "loss") -> list[float]:
+    done = run_stage(STAGE, parse(PretrainConfig, config), Path(output), init_runtime())
+    return [line[key] for line in read_metrics(done.path / "metrics.jsonl")]
+
+
+def test_both_losses_of_a_coca_fall_and_what_it_learnt_goes_on_its_way(shards: Path, tmp_path: Path) -> None:
+    config = parse(PretrainConfig, tree(shards, trainer={"max_steps": 40, "ema": {"decay": 0.5}}))
+    done = run_stage(STAGE, config, tmp_path / "pretrain", Runtime())
+    lines = list(read_metrics(done.path / "metrics.jsonl"))
+    assert lines[-1]["caption_loss"] < lines[0]["caption_loss"] - 2
+    assert lines[-1]["contrastive_loss"] < lines[0]["contrastive_loss"] - 0.3
+    assert lines[-1]["loss"] == pytest.approx(lines[-1]["contrastive_loss"] + 2 * lines[-1]["caption_loss"])
+    assert isinstance(read_clip(done.path / "ema"), OpenClip)
+
+    tasks = {
+        "colours": {
+            "type": "retrieval",
+            "data": "squares",
+            "pairs": [["image", "text"]],
+        }
+    }
+    del tasks
+    encoder = load_encoder(done.path, None, torch.device("cpu"), "fp32")
+    pixels = np.full((20, 20, 3), COLOURS["red"], np.uint8)
+    theirs = encoder.embed_images([encoder.prepare(pixels)]) @ encoder.embed_texts(list(COLOURS)).T
+    assert theirs.argmax() == 0
+
+    card = {"license": "apache-2.0"}
+    asked = {"name": "coca", "clip": str(done.path), "card": card}
+    with pytest.raises(ConfigError, match=r"clip_formats: transformers has no class for open_clip's CoCa; set \[open_"):
+        run_stage(RELEASE, parse(ReleaseConfig, asked), tmp_path / "no", Runtime())
+    released = run_stage(
+        RELEASE, parse(ReleaseConfig, asked | {"clip_formats": ["open_clip"]}), tmp_path / "release", Runtime()
+    )
+    folder = released.path / "clip-open_clip"
+    assert "open_clip's CoCa" in (folder / "README.md").read_text()
+    model = open_clip.create_model(f"local-dir:{folder}", require_pretrained=True).eval()
+    assert type(model).__name__ == "CoCa"
+    assert released.manifest.metrics["max_difference"] < 1e-5
+
+
+@pytest.mark.parametrize("objectives", [{"coca": 1.0}, {"coca": {"contrastive": {"tiled_info_nce": 1.0}}}], ids=str)
+def test_ranks_zero_stages_and_a_gradient_cache_give_the_joint_losses(
+    objectives: dict[str, Any], shards: Path, tmp_path: Path
+) -> None:
+    expected = curve(None, str(tmp_path / "one"), tree(shards, objectives=objectives))
+    cached = curve(None, str(tmp_path / "c"), tree(shards, objectives=objectives, trainer={"grad_cache_chunk_size": 3}))
+    assert cached == pytest.approx(expected, rel=1e-5)
+    for stage in (0, 2, 3):
+        config = tree(shards, objectives=objectives, trainer={"zero_optimization": {"stage": stage}})
+        for found in run_ranks(curve, 2, str(tmp_path / f"two-{stage}"), config):
+            assert found == pytest.approx(expected, rel=1e-5)
