@@ -1,6 +1,7 @@
 """stages/pretrain.py, eval.py, release.py with models that open_clip's own module computes: CoCa, ConvNeXt, ResNet."""
 
 import io
+import json
 from pathlib import Path
 from typing import Any
 
@@ -13,12 +14,14 @@ from torch.distributed import ProcessGroup
 
 from mmfoundry.data.shards import write_shards
 from mmfoundry.models.interop.any_clip import read_clip
-from mmfoundry.models.open_clip_model import OpenClip
+from mmfoundry.models.open_clip_model import OpenClip, OpenClipConfig
 from mmfoundry.pipeline.config import parse
 from mmfoundry.pipeline.distributed import Runtime, init_runtime
 from mmfoundry.pipeline.errors import ConfigError
 from mmfoundry.pipeline.metrics import read_metrics
 from mmfoundry.pipeline.stage import run_stage
+from mmfoundry.stages.eval import STAGE as EVAL
+from mmfoundry.stages.eval import EvalConfig
 from mmfoundry.stages.filter_encoders import load_encoder
 from mmfoundry.stages.pretrain import STAGE, PretrainConfig
 from mmfoundry.stages.release import STAGE as RELEASE
@@ -39,8 +42,8 @@ def shards(tmp_path_factory: pytest.TempPathFactory) -> Path:
             caption = list(COLOURS)[number % 3]
             file = io.BytesIO()
             Image.fromarray(np.full((20, 20, 3), COLOURS[caption], np.uint8)).save(file, "png")
-            tail = " indeed" * (number % 4)
-            yield {"__key__": f"{number:04d}", "png": file.getvalue(), "txt": f"{caption}{tail}"}
+            tail, said = " indeed" * (number % 4), json.dumps({"name": caption}).encode()
+            yield {"__key__": f"{number:04d}", "png": file.getvalue(), "txt": f"{caption}{tail}", "json": said}
 
     write_shards(samples(), folder, max_count=24)
     return folder
@@ -65,21 +68,20 @@ def curve(group: ProcessGroup | None, output: str, config: dict[str, Any], key: 
 
 def test_both_losses_of_a_coca_fall_and_what_it_learnt_goes_on_its_way(shards: Path, tmp_path: Path) -> None:
     config = parse(PretrainConfig, tree(shards, trainer={"max_steps": 40, "ema": {"decay": 0.5}}))
-    done = run_stage(STAGE, config, tmp_path / "pretrain", Runtime())
+    done = run_stage(STAGE, config, tmp_path / "pretrain", init_runtime())
     lines = list(read_metrics(done.path / "metrics.jsonl"))
     assert lines[-1]["caption_loss"] < lines[0]["caption_loss"] - 2
     assert lines[-1]["contrastive_loss"] < lines[0]["contrastive_loss"] - 0.3
     assert lines[-1]["loss"] == pytest.approx(lines[-1]["contrastive_loss"] + 2 * lines[-1]["caption_loss"])
     assert isinstance(read_clip(done.path / "ema"), OpenClip)
 
-    tasks = {
-        "colours": {
-            "type": "retrieval",
-            "data": "squares",
-            "pairs": [["image", "text"]],
-        }
-    }
-    del tasks
+    task = {"task": "zero_shot", "pictures": {"data": "squares"}, "label": "name", "templates": ["{}"], "top": [1]}
+    asked = {"clip": str(done.path), "data": {"squares": str(shards)}, "tasks": {"colours": task}}
+    measured = run_stage(EVAL, parse(EvalConfig, asked), tmp_path / "eval", init_runtime())
+    rows = {row["metric"]: row for row in json.loads((measured.path / "results.json").read_text())["rows"]}
+    assert rows["colours_top1"]["value"] == 1
+    assert rows["colours_top1"]["untrained"] < 1
+
     encoder = load_encoder(done.path, None, torch.device("cpu"), "fp32")
     pixels = np.full((20, 20, 3), COLOURS["red"], np.uint8)
     theirs = encoder.embed_images([encoder.prepare(pixels)]) @ encoder.embed_texts(list(COLOURS)).T
@@ -110,3 +112,62 @@ def test_ranks_zero_stages_and_a_gradient_cache_give_the_joint_losses(
         config = tree(shards, objectives=objectives, trainer={"zero_optimization": {"stage": stage}})
         for found in run_ranks(curve, 2, str(tmp_path / f"two-{stage}"), config):
             assert found == pytest.approx(expected, rel=1e-5)
+
+
+def test_micro_batches_weigh_tokens_and_pairs_each_in_its_way(shards: Path, tmp_path: Path) -> None:
+    halves = {"train_micro_batch_size_per_gpu": 6}
+    for objectives in ({"captioning": 1.0}, {"coca": {"weight": 0.5, "clip_loss_weight": 0.0}}):
+        name = next(iter(objectives))
+        whole = curve(None, str(tmp_path / f"{name}-whole"), tree(shards, objectives=objectives))
+        config = tree(shards, objectives=objectives, trainer=halves)
+        assert curve(None, str(tmp_path / f"{name}-halves"), config) == pytest.approx(whole, rel=1e-5)
+    # on two ranks, each with two micro-batches, captions of unlike lengths: the same tokens count the same
+    both = {"coca": 1.0}
+    joint = curve(None, str(tmp_path / "joint"), tree(shards, objectives=both, trainer=halves))
+    quarters = tree(shards, objectives=both, trainer={"train_micro_batch_size_per_gpu": 3})
+    for found in run_ranks(curve, 2, str(tmp_path / "quarters"), quarters):
+        assert found == pytest.approx(joint, rel=1e-5)
+    # one step without an update in between: tokens joined over micro-batches, pairs told apart within each
+    first = [
+        curve(None, str(tmp_path / f"{key}-{n}"), tree(shards, objectives=both, trainer=given), key)[0]
+        for n, given in enumerate(({}, halves))
+        for key in ("caption_loss", "contrastive_loss")
+    ]
+    assert first[2] == pytest.approx(first[0], rel=1e-5)
+    assert first[3] != pytest.approx(first[1], rel=1e-2)
+
+
+@pytest.mark.parametrize("kind", ["convnext", "resnet"])
+def test_other_towers_learn(kind: str, shards: Path, tmp_path: Path) -> None:
+    trainer = {"max_steps": 12, "precision": "bf16", "gradient_checkpointing": True}
+    losses = curve(None, str(tmp_path / "out"), tree(shards, kind, trainer=trainer))
+    assert losses[-1] < losses[0] - 0.2
+    again = tree(shards, kind, trainer={"max_steps": 1}, model=None, initial=str(tmp_path / "out"))
+    assert curve(None, str(tmp_path / "more"), again)[0] < losses[0] - 0.2
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"model": "ViT-B-16-SigLIP"}, r"hf_tokenizer_name is timm/ViT-B-16-SigLIP: this model reads another"),
+        ({"model": "coca_roberta-ViT-B-32"}, "the text tower roberta-base comes from the Hugging Face hub"),
+        ({"text_groups": 2}, "text_groups: only our own ViT towers have it"),
+        ({"lock_image": True}, "lock_image: only our own ViT towers have it"),
+        ({"force_patch_dropout": 0.5}, "force_patch_dropout: only our own ViT towers have it"),
+        ({"model": "ViT-B-32"}, "captioning needs a model with a text decoder, such as open_clip's coca_ViT-B-32"),
+        ({"objectives": {"siglip": 1.0}}, r"needs model\.init_logit_bias"),
+        ({"model": {"open_clip": "RN50", "embed_dim": 3}}, r"model\.embed_dim is not a known key"),
+        ({"model": {"open_clop": "RN50"}}, r"model\.open_clop is not a known key"),
+    ],
+)
+def test_what_is_refused_before_anything_runs(changes: dict[str, Any], message: str, shards: Path) -> None:
+    with pytest.raises(ConfigError, match=message) as caught:
+        parse(PretrainConfig, tree(shards, **changes))
+    assert "\n" not in str(caught.value)
+
+
+def test_names_become_the_class_that_can_express_them(shards: Path) -> None:
+    for name, theirs in (("RN50", True), ("coca_ViT-B-32", True), ("ViT-B-32", False)):
+        config = parse(PretrainConfig, tree(shards, model=name, objectives={"info_nce": 1.0}))
+        assert isinstance(config.model, OpenClipConfig) == theirs
+        assert parse(PretrainConfig, config.model_dump(mode="json")) == config  # as a manifest holds it
