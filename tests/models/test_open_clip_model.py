@@ -22,9 +22,10 @@ from mmfoundry.models.interop.any_clip import (
 )
 from mmfoundry.models.interop.load import load_any_clip
 from mmfoundry.models.interop.open_clip import to_open_clip_config
-from mmfoundry.models.objectives import objective_with
+from mmfoundry.models.objectives import WEIGHTS, objective_with, weighted_sum, weights_of
 from mmfoundry.models.open_clip_model import CaptionedOutput, OpenClip, OpenClipConfig
 from mmfoundry.models.param_groups import TowerRate, TowerRates, clip_param_groups
+from mmfoundry.models.teachers import Taught
 from mmfoundry.pipeline.config import parse
 from mmfoundry.pipeline.errors import ConfigError, DamagedInput
 from tests.models.tiny import pairs, tiny_config, tokens
@@ -147,6 +148,20 @@ def test_embeddings_and_loss_are_in_full_precision_under_autocast(precision: tor
         with torch.autocast("cpu", precision, enabled=precision != torch.float32):
             output = made(trimmed(batch(made)))
         assert {part.dtype for part in output if part is not None and part.is_floating_point()} == {torch.float32}
+
+
+def test_what_is_summed_taught_or_cut_to_widths_weighs_captions_all_the_same() -> None:
+    given = {"text": tokens([3, 6, 2, 5])}
+    counted = {"captioning": 2.0 + 5 + 1 + 4}  # the first token is not foreseen
+    alone = objective_with("coca", {})
+    summed = weighted_sum({"coca": 1.0, "siglip": 0.5})
+    inside = objective_with("matryoshka", {"over": {"coca": 1.0}})
+    for each in (alone, summed, inside, Taught(summed, {}), weighted_sum({"captioning": 1.0})):
+        assert weights_of(each, given) == counted
+    assert weights_of(objective_with("siglip", {}), given) == {}
+    output = CaptionedOutput(*(torch.ones(4, 2) for _ in "it"), torch.tensor(1.0), None, *(torch.ones(4, 3),) * 3)
+    half = objective_with("captioning", {})(output, {WEIGHTS: {"captioning": torch.tensor(0.5)}})
+    assert half["loss"] == half["token_accuracy"] == 0.5
 
 
 def test_scale_is_held() -> None:

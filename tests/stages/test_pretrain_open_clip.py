@@ -72,7 +72,7 @@ def curve(lines: list[dict[str, float]]) -> list[float]:
 
 
 def test_both_losses_of_a_coca_fall_and_what_it_learnt_goes_on_its_way(shards: Path, tmp_path: Path) -> None:
-    config = parse(PretrainConfig, tree(shards, trainer={"max_steps": 40, "ema": {"decay": 0.5}}))
+    config = parse(PretrainConfig, tree(shards, trainer={"max_steps": 30, "ema": {"decay": 0.5}}))
     done = run_stage(STAGE, config, tmp_path / "pretrain", init_runtime())
     lines = list(read_metrics(done.path / "metrics.jsonl"))
     assert lines[-1]["caption_loss"] < lines[0]["caption_loss"] - 2
@@ -106,17 +106,16 @@ def test_both_losses_of_a_coca_fall_and_what_it_learnt_goes_on_its_way(shards: P
     assert released.manifest.metrics["max_difference"] < 1e-5
 
 
-def test_ranks_zero_stages_and_a_gradient_cache_give_the_joint_losses(shards: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize("stage", [*(pytest.param(stage, marks=pytest.mark.slow) for stage in (0, 1, 2)), 3])
+def test_ranks_zero_stages_and_a_gradient_cache_give_the_joint_losses(stage: int, shards: Path, tmp_path: Path) -> None:
     def config(**trainer: Any) -> dict[str, Any]:
         return tree(shards, objectives={"coca": {"contrastive": {"tiled_info_nce": 1.0}}}, trainer=trainer)
 
     expected = curve(logged(None, str(tmp_path / "one"), config()))
     cached = curve(logged(None, str(tmp_path / "cached"), config(grad_cache_chunk_size=3)))
     assert cached == pytest.approx(expected, rel=1e-5)
-    for stage in (0, 2, 3):
-        given = config(zero_optimization={"stage": stage})
-        for found in run_ranks(logged, 2, str(tmp_path / f"two-{stage}"), given):
-            assert curve(found) == pytest.approx(expected, rel=1e-5)
+    for found in run_ranks(logged, 2, str(tmp_path / "two"), config(zero_optimization={"stage": stage})):
+        assert curve(found) == pytest.approx(expected, rel=1e-5)
 
 
 def test_micro_batches_weigh_tokens_and_pairs_each_in_its_way(shards: Path, tmp_path: Path) -> None:
@@ -136,10 +135,9 @@ def test_micro_batches_weigh_tokens_and_pairs_each_in_its_way(shards: Path, tmp_
 
 @pytest.mark.parametrize("kind", ["convnext", "resnet"])
 def test_other_towers_learn(kind: str, shards: Path, tmp_path: Path) -> None:
-    trainer = {"max_steps": 12, "precision": "bf16", "gradient_checkpointing": True}
+    trainer = {"max_steps": 8, "optimizer": {"lr": 1e-3}, "precision": "bf16", "gradient_checkpointing": True}
     losses = curve(logged(None, str(tmp_path / "out"), tree(shards, kind, trainer=trainer)))
-    print(kind, losses)
-    assert losses[-1] < losses[0] - 0.2
+    assert min(losses[-3:]) < losses[0] - 0.5
     again = tree(shards, kind, trainer={"max_steps": 1}, model=None, initial=str(tmp_path / "out"))
     assert curve(logged(None, str(tmp_path / "more"), again))[0] < losses[0] - 0.2
 
