@@ -16,6 +16,8 @@ import polars as pl
 
 from mmfoundry.pipeline.errors import NotEnoughSpace
 
+FORMAT = 2  # counts up when what a table of any kind holds changes: those of earlier releases are not looked at
+
 
 @dataclass(frozen=True)
 class TableCache:
@@ -89,7 +91,7 @@ class TableCache:
 
 def key_of(*said: object) -> str:
     """A name for what follows from these values: 32 hex digits, equal for values that are written alike."""
-    return hashlib.sha256("\n".join(map(str, said)).encode()).hexdigest()[:32]
+    return hashlib.sha256("\n".join(map(str, (FORMAT, *said))).encode()).hexdigest()[:32]
 
 
 def _write(path: Path, data: bytes) -> None:

@@ -5,9 +5,11 @@ from __future__ import annotations
 from pydantic import Field
 
 from mmfoundry.models.clip import CLIP
+from mmfoundry.models.open_clip_model import OpenClip
 from mmfoundry.models.text import TextTower
 from mmfoundry.models.vision import VisionTower
 from mmfoundry.pipeline.config import Config
+from mmfoundry.pipeline.errors import ConfigError
 from mmfoundry.pipeline.optimizers import ParamGroup, decay_groups
 
 JOINT = "joint"  # what belongs to no tower: temperature, bias
@@ -30,7 +32,7 @@ class TowerRates(Config):
 
 
 def clip_param_groups(
-    model: CLIP, weight_decay: float, rates: TowerRates | None = None, hidden_apart: bool = False
+    model: CLIP | OpenClip, weight_decay: float, rates: TowerRates | None = None, hidden_apart: bool = False
 ) -> list[ParamGroup]:
     """The groups to train a CLIP with; norms, biases, positions, class token, probe, scale do not decay.
 
@@ -45,18 +47,14 @@ def clip_param_groups(
             `matrices` False: for optimizers that orthogonalise.
     Returns:
         As `decay_groups`; where rates differ, `part` says whose each group is.
+
+    Raises:
+        ConfigError: a layer decay for a model that open_clip computes, whose layers have no order that we know.
     """
     rates = rates or TowerRates()
-    scale: dict[int, tuple[str, float]] = {}
-    scale |= _tower(model.vision_model, "image", rates.image)
-    scale |= _tower(model.text_model, "text", rates.text)
-    if model.visual_projection is not None:
-        scale |= {id(model.visual_projection.weight): ("image", rates.image.lr_scale)}
-    if model.text_projection is not None:
-        scale |= {id(model.text_projection.weight): ("text", rates.text.lr_scale)}
+    scale = _rates(model, rates) if isinstance(model, CLIP) else _rates_of_open_clip(model, rates)
     uniform = rates == TowerRates()
-    blocks = (model.vision_model.encoder, model.text_model.encoder)
-    hidden = {id(weight) for encoder in blocks for weight in encoder.parameters()}
+    hidden = {id(weight) for block in model.repeated_blocks() for weight in block.parameters()}
 
     buckets: dict[tuple[str, float, bool], list[str]] = {}
     named = dict(model.named_parameters())
@@ -70,6 +68,31 @@ def clip_param_groups(
             more = {} if uniform else {"part": part}
             groups.append(group | {"matrices": group["matrices"] and matrices} | more)
     return groups
+
+
+def _rates(model: CLIP, rates: TowerRates) -> dict[int, tuple[str, float]]:
+    """The tower and the rate of each parameter that belongs to one, by id."""
+    scale: dict[int, tuple[str, float]] = {}
+    scale |= _tower(model.vision_model, "image", rates.image)
+    scale |= _tower(model.text_model, "text", rates.text)
+    if model.visual_projection is not None:
+        scale |= {id(model.visual_projection.weight): ("image", rates.image.lr_scale)}
+    if model.text_projection is not None:
+        scale |= {id(model.text_projection.weight): ("text", rates.text.lr_scale)}
+    return scale
+
+
+def _rates_of_open_clip(model: OpenClip, rates: TowerRates) -> dict[int, tuple[str, float]]:
+    for name, rate in (("image", rates.image), ("text", rates.text)):
+        if rate.layer_decay != 1:
+            raise ConfigError(f"towers.{name}.layer_decay: only our own ViT towers have it, not a model of open_clip")
+    image = {id(weight) for weight in model.open_clip.visual.parameters()}
+    joint = {id(model.logit_scale), id(model.logit_bias)}
+    return {
+        id(weight): ("image", rates.image.lr_scale) if id(weight) in image else ("text", rates.text.lr_scale)
+        for weight in model.parameters()
+        if id(weight) not in joint
+    }
 
 
 def _tower(tower: VisionTower | TextTower, part: str, rate: TowerRate) -> dict[int, tuple[str, float]]:

@@ -9,9 +9,10 @@ import torch
 from torch import Tensor
 from torch.distributed import ProcessGroup
 
-from mmfoundry.models.clip import CLIP, ClipConfig
-from mmfoundry.models.objectives import Objective, needs
+from mmfoundry.models.interop.any_clip import AnyClip, AnyClipConfig
+from mmfoundry.models.objectives import Objective, needs, weights_of
 from mmfoundry.models.objectives.distillation import TEACHER_IMAGE, TEACHER_SCALE, TEACHER_TEXT
+from mmfoundry.models.open_clip_model import OpenClipConfig
 from mmfoundry.pipeline.errors import ConfigError
 
 CHUNK_ROWS = 256  # pairs that a teacher looks at together; its activations are not kept
@@ -23,7 +24,7 @@ class Taught:
     Teachers are no part of the student: they are not trained, saved, or shared out by ZeRO.
     """
 
-    def __init__(self, objective: Objective, online: Mapping[str, CLIP], scales: Mapping[str, float] | None = None):
+    def __init__(self, objective: Objective, online: Mapping[str, AnyClip], scales: Mapping[str, float] | None = None):
         """Freeze the teachers.
 
         Args:
@@ -41,6 +42,10 @@ class Taught:
         scales = {f"{TEACHER_SCALE}{name}": torch.full((), each, device=device) for name, each in self._scales.items()}
         return self._objective(output, {**batch, **scales, **self._embed(batch, device)}, group)
 
+    def weights(self, batch: Mapping[str, Any]) -> dict[str, float]:
+        """What a batch counts for in the objective's parts."""
+        return weights_of(self._objective, batch)
+
     @torch.no_grad()
     def _embed(self, batch: Mapping[str, Any], device: torch.device) -> dict[str, Tensor]:
         said: dict[str, Tensor] = {}
@@ -56,12 +61,14 @@ class Taught:
         return said
 
 
-def check_teacher(name: str, teacher: ClipConfig, student: ClipConfig) -> None:
+def check_teacher(name: str, teacher: AnyClipConfig, student: AnyClipConfig) -> None:
     """Refuse a teacher that cannot read the student's batches.
 
     Raises:
         ConfigError: its pictures have another size, its vocabulary is another, or its captions are shorter.
     """
+    if isinstance(teacher, OpenClipConfig):
+        teacher.check_tokenizer()
     pairs = [
         ("vision_cfg.image_size", teacher.vision_cfg.image_size, student.vision_cfg.image_size),
         ("text_cfg.vocab_size", teacher.text_cfg.vocab_size, student.text_cfg.vocab_size),

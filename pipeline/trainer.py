@@ -4,7 +4,9 @@ The loss contract. `objective(output, batch, group)` returns `loss` such that it
 one micro-batch. Where a step has several micro-batches, they count alike, unless the objective has a method
 `weight(batch)`: what this rank's micro-batch counts for (answer tokens, say), read on the host before the batch goes
 to the device. Weights are summed over ranks and micro-batches before the first forward pass, so that any split of the
-same samples into ranks and micro-batches gives the same loss and gradient.
+same samples into ranks and micro-batches gives the same loss and gradient. An objective of several parts, of which some
+count like that, has `weights(batch)` instead, part -> number, and is handed each part's factor (1 on average) in the
+batch, as 0-d tensors under `loss_weights`: it multiplies by itself.
 """
 
 from __future__ import annotations

@@ -27,6 +27,7 @@ from mmfoundry.pipeline.metrics import Reading, Tally
 from mmfoundry.pipeline.trainer_config import TrainerConfig
 
 GRAD_NORM, STOP = "grad_norm", "stop"
+WEIGHTS = "loss_weights"  # of a batch; see the loss contract of the trainer
 
 
 @dataclass(frozen=True)
@@ -105,9 +106,9 @@ class Updates:
         device = self._runtime.device
         self._heart.at(step, Doing.LOSSES)
         asked = torch.full((), float(stop), device=device)
-        tally, losses = Tally(), []
-        for batch, weight in zip(batches, self._micro_weights(batches), strict=True):
-            values = self._engine.accumulate(to_device(batch, device), weight)
+        tally, losses, parts = Tally(), [], self._part_weights(batches)
+        for batch, own, weight in zip(batches, parts, self._micro_weights(batches), strict=True):
+            values = self._engine.accumulate({**to_device(batch, device), **own}, weight)
             losses.append(values["loss"])
             tally.add(values | {STOP: asked}, 1.0 if weight is None else weight)
         self._heart.at(step, Doing.JOINING)
@@ -170,13 +171,25 @@ class Updates:
         weight_of = getattr(self._objective, "weight", None)
         if weight_of is None or len(batches) == 1:
             return [None] * len(batches)
-        mine = torch.tensor([float(weight_of(batch)) for batch in batches], dtype=torch.float64)
-        weights = mine.to(self._runtime.device, non_blocking=True)
+        return list(self._shares([[float(weight_of(batch)) for batch in batches]])[0])
+
+    def _part_weights(self, batches: Sequence[Batch]) -> list[Batch]:
+        """What each micro-batch is handed beside its samples: the factors of the objective's parts, if it has such."""
+        weights_of = getattr(self._objective, "weights", None)
+        counted = [weights_of(batch) for batch in batches] if weights_of is not None and len(batches) > 1 else [{}]
+        if not counted[0]:
+            return [{}] * len(batches)
+        shares = self._shares([[float(each[part]) for each in counted] for part in counted[0]])
+        return [{WEIGHTS: dict(zip(counted[0], own, strict=True))} for own in shares.T]
+
+    def _shares(self, counts: list[list[float]]) -> Tensor:
+        """Rows of what micro-batches count for on this rank, as factors of the joint losses: 1 on average, fp32."""
+        weights = torch.tensor(counts, dtype=torch.float64).to(self._runtime.device, non_blocking=True)
         if self._runtime.group is not None:
             dist.all_reduce(weights, group=self._runtime.group)
-        total = weights.sum()
+        total = weights.sum(1, keepdim=True)
         # A step without any weight (no answer token in it) has loss and gradient zero whatever the factor is.
-        return list(torch.where(total > 0, weights * len(batches) / total, torch.ones_like(weights)).float())
+        return torch.where(total > 0, weights * weights.shape[1] / total, torch.ones_like(weights)).float()
 
 
 def to_device(value: Any, device: torch.device) -> Any:

@@ -15,8 +15,7 @@ from torch import Tensor
 
 from mmfoundry.data.loader import Loader, Source
 from mmfoundry.data.pairs import PairEncoder, pad_text
-from mmfoundry.models.clip import CLIP
-from mmfoundry.models.io import save_clip
+from mmfoundry.models.interop.any_clip import AnyClip, save_any_clip
 from mmfoundry.models.objectives import OBJECTIVES
 from mmfoundry.pipeline import checkpoint
 from mmfoundry.pipeline.config import Config, ShardsRef
@@ -48,16 +47,18 @@ class SoupConfig(Config):
         return self
 
 
-def write_ema(model: CLIP, context: RunContext, phase: str, seed: int | None) -> None:
+def write_ema(model: AnyClip, context: RunContext, phase: str, seed: int | None) -> None:
     """Write the model with the moving average of its weights, from the last checkpoint, to `ema/`."""
     found = checkpoint.newest(_folder(context, phase), context.runtime, context.log.say)
     assert found is not None  # every training ends with one
     if context.runtime.is_main:
         state = {**model.state_dict(), **averaged_weights(found)}
-        save_clip(model, context.work / EMA_FOLDER, seed=seed, state=state)
+        save_any_clip(model, context.work / EMA_FOLDER, seed=seed, state=state)
 
 
-def write_soup(config: SoupConfig, model: CLIP, context: RunContext, phase: str, seed: int | None) -> dict[str, float]:
+def write_soup(
+    config: SoupConfig, model: AnyClip, context: RunContext, phase: str, seed: int | None
+) -> dict[str, float]:
     """Write the soup to `soup/`; how many checkpoints are in it and, of a greedy one, its loss and the best single one.
 
     Raises:
@@ -79,14 +80,14 @@ def write_soup(config: SoupConfig, model: CLIP, context: RunContext, phase: str,
         numbers = {"soup_members": len(soup.members), "soup_loss": -soup.score, "best_member_loss": -max(soup.scores)}
         model.load_state_dict(last)
     if context.runtime.is_main:
-        save_clip(model, context.work / SOUP_FOLDER, seed=seed, state=dict(state))
+        save_any_clip(model, context.work / SOUP_FOLDER, seed=seed, state=dict(state))
     return numbers
 
 
 class _Score:
     """Minus the InfoNCE loss on held-out pairs, each rank on its share of them."""
 
-    def __init__(self, config: SoupConfig, model: CLIP, context: RunContext) -> None:
+    def __init__(self, config: SoupConfig, model: AnyClip, context: RunContext) -> None:
         self._model, self._runtime = model, context.runtime
         self._batches = max(1, config.samples // (ROWS * self._runtime.world_size))
         sides = model.config

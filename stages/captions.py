@@ -4,10 +4,11 @@ from __future__ import annotations
 
 from mmfoundry.data.caption_tokenizer import FolderTokenizer, caption_tokenizer
 from mmfoundry.data.text import ClipTokenizer
+from mmfoundry.models.open_clip_model import CaptionSide
 from mmfoundry.models.text import TextConfig
 
 
-def tokenizer_of(text: TextConfig) -> ClipTokenizer | FolderTokenizer:
+def tokenizer_of(text: TextConfig | CaptionSide) -> ClipTokenizer | FolderTokenizer:
     """The tokenizer of a text tower, shared by all who ask for the same.
 
     Raises:

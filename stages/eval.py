@@ -21,13 +21,12 @@ from mmfoundry.evals.questions import Answer
 from mmfoundry.evals.samples import Samples, select
 from mmfoundry.evals.suite import load_suite, parse_task, selections
 from mmfoundry.evals.task import Bench, Clip, EvalTask, Example, Row, Selection, TaskResult
-from mmfoundry.models.clip import CLIP
-from mmfoundry.models.interop.load import load_any_clip
-from mmfoundry.models.io import untrained_clip
+from mmfoundry.models.interop.any_clip import AnyClip, before_training, read_clip
+from mmfoundry.models.open_clip_model import OpenClip
 from mmfoundry.pipeline.artifact import Artifact, write_atomic
 from mmfoundry.pipeline.config import ArtifactRef, ShardsRef, StageConfig
 from mmfoundry.pipeline.distributed import barrier
-from mmfoundry.pipeline.errors import ConfigError, DamagedInput, MissingInput
+from mmfoundry.pipeline.errors import ConfigError, MissingInput
 from mmfoundry.pipeline.registry import unknown
 from mmfoundry.pipeline.stage import RunContext, Stage
 from mmfoundry.pipeline.torchvision_ops import declare_missing_ops
@@ -145,7 +144,7 @@ def make_bench(config: EvalConfig, context: RunContext) -> Bench:
     clip = untrained = answer = untrained_answer = None
     if "clip" in needs and config.clip is not None:
         folder = context.inputs["clip"]
-        model = load_any_clip(folder)
+        model = read_clip(folder)
         clip = as_clip(model.to(device))
         if config.untrained:
             untrained = as_clip(before_training(model, folder, config.seed).to(device))
@@ -172,16 +171,15 @@ def make_bench(config: EvalConfig, context: RunContext) -> Bench:
     )
 
 
-def before_training(model: CLIP, folder: Path, seed: int) -> CLIP:
-    """The weights that training started from; of a model from elsewhere, any random weights of its architecture."""
-    try:
-        return untrained_clip(folder)
-    except (MissingInput, DamagedInput):  # another layout, or no seed in it
-        return CLIP.from_seed(model.config, seed).eval()
+def as_clip(model: AnyClip) -> Clip:
+    """A CLIP as evaluations see a model: pictures as bytes, texts as strings.
 
-
-def as_clip(model: CLIP) -> Clip:
-    """Our CLIP as evaluations see a model: pictures as bytes, texts as strings."""
+    Raises:
+        ConfigError: it wants its pictures or captions prepared in a way that evaluations do not have.
+    """
+    if isinstance(model, OpenClip):
+        model.config.check_tokenizer()
+        model.config.check_resizing()
     tokenize = tokenizer_of(model.config.text_cfg)
     device = model.logit_scale.device
 

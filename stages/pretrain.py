@@ -13,18 +13,17 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Annotated, Any, Literal
 
-from pydantic import Field, field_validator, model_validator
+from pydantic import Discriminator, Field, Tag, field_validator, model_validator
 
 from mmfoundry.data.loader import Loader, Source
 from mmfoundry.data.pairs import PairEncoder, StoredTeacher, pad_text
 from mmfoundry.data.reader import Pool
 from mmfoundry.models.clip import CLIP, ClipConfig
 from mmfoundry.models.flops import clip_work
-from mmfoundry.models.interop.load import load_any_clip
-from mmfoundry.models.interop.open_clip import named_config
-from mmfoundry.models.io import save_clip
+from mmfoundry.models.interop.any_clip import AnyClip, AnyClipConfig, config_of_name, read_clip, save_any_clip
 from mmfoundry.models.lock import lock_image_tower, lock_text_tower, take_towers
 from mmfoundry.models.objectives import Objective, needs, weighted_sum
+from mmfoundry.models.open_clip_model import OpenClip, OpenClipConfig
 from mmfoundry.models.param_groups import TowerRates, clip_param_groups
 from mmfoundry.models.teachers import Taught, check_teacher
 from mmfoundry.pipeline.artifact import Artifact
@@ -115,12 +114,25 @@ class TeacherConfig(Config):
         return self
 
 
+def _kind(model: Any) -> str:
+    """Which class a model's tree is of: `open_clip` in it says that open_clip computes."""
+    theirs = "open_clip" in model if isinstance(model, Mapping) else isinstance(model, OpenClipConfig)
+    return (OpenClipConfig if theirs else ClipConfig).__name__
+
+
+ModelConfig = Annotated[
+    Annotated[ClipConfig, Tag("ClipConfig")] | Annotated[OpenClipConfig, Tag("OpenClipConfig")], Discriminator(_kind)
+]
+
+
 class PretrainConfig(StageConfig):
     """Contrastive pretraining of a CLIP."""
 
     data: list[DataSource] = Field(min_length=1, description="what to draw samples from")
-    model: ClipConfig | None = Field(
-        None, description="a CLIP to start from random weights, or open_clip's name of one; this or `initial`"
+    model: ModelConfig | None = Field(
+        None,
+        description="a CLIP to start from random weights, or open_clip's name of one; {open_clip: ...} is computed by "
+        "open_clip's own module; this or `initial`",
     )
     initial: ArtifactRef | None = Field(
         None, description="a trained CLIP or SigLIP to go on from: a folder of ours, of transformers or of open_clip"
@@ -157,7 +169,7 @@ class PretrainConfig(StageConfig):
     @field_validator("model", mode="before")
     @classmethod
     def _by_name(cls, model: Any) -> Any:
-        return named_config(model) if isinstance(model, str) else model
+        return config_of_name(model) if isinstance(model, str) else model
 
     @model_validator(mode="after")
     def _consistent(self) -> PretrainConfig:
@@ -177,14 +189,44 @@ class PretrainConfig(StageConfig):
 
     def _consistent_objectives(self) -> None:
         needed = needs(weighted_sum(self.objectives))  # raises UnknownName, which lists the known ones
+        if isinstance(self.model, OpenClipConfig):
+            check_open_clip(self, self.model)
+        if "captions" in needed and self.model is not None and not writes_captions(self.model):
+            raise ValueError("captioning needs a model with a text decoder, such as open_clip's coca_ViT-B-32")
         if "bias" in needed and self.model is not None and self.model.init_logit_bias is None:
             raise ValueError("the siglip objective needs model.init_logit_bias, -10 in the paper")
         if ("teachers" in needed) != bool(self.teachers):
             raise ValueError("the distillation objective and teachers go together; only one of them is given")
 
 
+def writes_captions(model: AnyClipConfig) -> bool:
+    """Whether a model has a text decoder."""
+    return isinstance(model, OpenClipConfig) and model.writes_captions
+
+
+def check_open_clip(config: PretrainConfig, model: OpenClipConfig) -> None:
+    """Refuse what only our own towers have for a model that open_clip computes.
+
+    Raises:
+        ConfigError: the key is named.
+    """
+    model.check_tokenizer()
+    asked = {
+        "text_groups": config.text_groups > 1,
+        "initial_towers": config.initial_towers != "both",
+        "lock_image": config.lock_image,
+        "lock_text": config.lock_text,
+        "force_patch_dropout": config.force_patch_dropout is not None,
+    }
+    for key, given in asked.items():
+        if given:
+            raise ConfigError(
+                f"{key}: only our own ViT towers have it, and this model is computed by open_clip's module"
+            )
+
+
 def encoder_of(
-    model: ClipConfig, augmentation: AugmentationConfig, teachers: Mapping[str, TeacherConfig] | None = None
+    model: AnyClipConfig, augmentation: AugmentationConfig, teachers: Mapping[str, TeacherConfig] | None = None
 ) -> PairEncoder:
     """How samples become pairs for a model, with what stored teachers say of them.
 
@@ -219,9 +261,10 @@ def run(config: PretrainConfig, context: RunContext) -> Artifact:
     if runtime.device.type == "cpu":
         keep_freed_memory()
     model, seed = _model(config, context)
-    if config.text_groups > 1 and model.config.text_cfg.reads_padding:
-        raise ConfigError("text_groups: the model reads its padding, so captions cannot be cut: leave text_groups at 1")
-    model.text_model.groups = config.text_groups
+    if isinstance(model, CLIP):
+        if config.text_groups > 1 and model.config.text_cfg.reads_padding:
+            raise ConfigError("text_groups: the model reads its padding, so captions cannot be cut: leave it at 1")
+        model.text_model.groups = config.text_groups
     loader = Loader(
         sources_of(config.data, open_pools(config.data, config.loader, context)),
         batch_size=config.trainer.samples_per_fetch(runtime.world_size),
@@ -246,7 +289,7 @@ def run(config: PretrainConfig, context: RunContext) -> Artifact:
         context=context,
         phase=PHASE,
         metrics=lambda: data_metrics(loader),
-        work=clip_work(model),
+        work=clip_work(model) if isinstance(model, CLIP) else None,
         param_groups=clip_param_groups(
             model,
             config.trainer.optimizer.weight_decay,
@@ -256,7 +299,7 @@ def run(config: PretrainConfig, context: RunContext) -> Artifact:
     )
     skipped, seen = loader.counters()["skipped"], loader.seen()
     if runtime.is_main:
-        save_clip(model, context.work, seed=seed)
+        save_any_clip(model, context.work, seed=seed)
     if config.trainer.ema is not None:
         write_ema(model, context, PHASE, seed)
     soup = {} if config.soup is None else write_soup(config.soup, model, context, PHASE, seed)
@@ -299,15 +342,28 @@ def data_metrics(loader: Loader) -> dict[str, float]:
     return skipped | loader.seen()
 
 
-def _model(config: PretrainConfig, context: RunContext) -> tuple[CLIP, int | None]:
+def _model(config: PretrainConfig, context: RunContext) -> tuple[AnyClip, int | None]:
     """The model to train, and the seed of its random weights; no seed where it goes on from a trained one."""
     seed: int | None = None
+    needed = needs(weighted_sum(config.objectives))
+    model: AnyClip
     if config.model is not None:
-        model, seed = CLIP.from_seed(_forced(config, config.model), config.seed), config.seed
+        seed = config.seed
+        if isinstance(config.model, OpenClipConfig):
+            model = OpenClip.from_seed(config.model, seed)
+        else:
+            model = CLIP.from_seed(_forced(config, config.model), seed)
     else:
-        model = load_any_clip(context.inputs["initial"])
-        if "bias" in needs(weighted_sum(config.objectives)) and model.logit_bias is None:
+        model = read_clip(context.inputs["initial"])
+        if "bias" in needed and model.logit_bias is None:
             raise ConfigError(f"initial: {config.initial} has no logit bias, which the siglip objective needs")
+        if "captions" in needed and not writes_captions(model.config):
+            raise ConfigError(f"initial: {config.initial} has no text decoder, which captioning needs")
+    if isinstance(model, OpenClip):
+        check_open_clip(config, model.config)
+        model.captions = "captions" in needed
+        return model, seed
+    if config.initial is not None:
         if config.initial_towers != "both":
             model = take_towers(model, CLIP.from_seed(model.config, config.seed), config.initial_towers)
         model.config = _forced(config, model.config)
@@ -327,15 +383,15 @@ def _forced(config: PretrainConfig, model: ClipConfig) -> ClipConfig:
     return model.model_copy(update={"vision_cfg": vision})
 
 
-def _objective(config: PretrainConfig, context: RunContext, student: ClipConfig) -> Objective:
+def _objective(config: PretrainConfig, context: RunContext, student: AnyClipConfig) -> Objective:
     """What is minimised, with the teachers that it asks."""
     objective = weighted_sum(config.objectives)
     if not config.teachers:
         return objective
-    online: dict[str, CLIP] = {}
+    online: dict[str, AnyClip] = {}
     for name, teacher in config.teachers.items():
         if teacher.clip is not None:
-            online[name] = load_any_clip(context.inputs[f"teachers.{name}.clip"])
+            online[name] = read_clip(context.inputs[f"teachers.{name}.clip"])
             check_teacher(name, online[name].config, student)
     return Taught(objective, online, {name: each.scale for name, each in config.teachers.items() if each.image})
 

@@ -23,10 +23,11 @@ from typing import Annotated, Any, Literal
 from pydantic import Field, model_validator
 from transformers.utils import logging as transformers_logging
 
+from mmfoundry.models.interop.any_clip import read_clip
 from mmfoundry.models.interop.clip_folders import save_for_open_clip as save_clip_for_open_clip
 from mmfoundry.models.interop.clip_folders import save_for_transformers as save_clip_for_transformers
-from mmfoundry.models.interop.load import load_any_clip
 from mmfoundry.models.interop.transformers_vlm import save_for_transformers as save_vlm_for_transformers
+from mmfoundry.models.open_clip_model import OpenClip
 from mmfoundry.models.vlm_io import load_vlm
 from mmfoundry.pipeline.artifact import Artifact, sync_files, sync_folder, write_atomic
 from mmfoundry.pipeline.config import ArtifactRef, Neutral, StageConfig
@@ -148,12 +149,15 @@ def _parts(config: ReleaseConfig, context: RunContext) -> list[_Part]:
     measured = _measured(config, context)
     if config.clip is not None:
         source = context.inputs["clip"]
-        clip = load_any_clip(source)
+        clip = read_clip(source)
         if "open_clip" in config.clip_formats:
             subject = Subject(CLIP_OPEN_CLIP, source, measured, clip_facts(clip))
             fill, compare = partial(save_clip_for_open_clip, clip), partial(check_open_clip, clip=clip)
             parts.append(_Part(CLIP_OPEN_CLIP, fill, compare, subject))
         if "transformers" in config.clip_formats:
+            if isinstance(clip, OpenClip):
+                kind = type(clip.open_clip).__name__
+                raise ConfigError(f"clip_formats: transformers has no class for open_clip's {kind}; set [open_clip]")
             subject = Subject(CLIP_TRANSFORMERS, source, measured, clip_facts(clip))
             fill, compare = partial(save_clip_for_transformers, clip), partial(check_clip_model, clip=clip)
             parts.append(_Part(CLIP_TRANSFORMERS, fill, compare, subject))

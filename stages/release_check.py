@@ -19,6 +19,7 @@ from mmfoundry.data.tiles import cut_tiles
 from mmfoundry.data.transforms import EvalTransform
 from mmfoundry.models.adapters.lora import load_lora
 from mmfoundry.models.clip import CLIP
+from mmfoundry.models.interop.any_clip import AnyClip
 from mmfoundry.models.vlm import VisionLanguageModel
 from mmfoundry.models.vlm_text import VlmText
 from mmfoundry.pipeline.errors import MmfoundryError
@@ -29,7 +30,7 @@ CAPTIONS = ("a photo of a dog", "3 red apples, on the left of a cup!")
 QUESTION = "What is in the picture?"
 
 
-def check_open_clip(folder: Path, clip: CLIP) -> float:
+def check_open_clip(folder: Path, clip: AnyClip) -> float:
     """The largest difference between the logits of open_clip's model in `folder` and ours.
 
     Raises:
@@ -43,7 +44,10 @@ def check_open_clip(folder: Path, clip: CLIP) -> float:
     _same_ids(folder, tokens, _tokens(clip))
     picture = _picture(clip.config.vision_cfg.image_size)
     with torch.no_grad():
-        found = theirs.eval().get_logits(preprocess(picture)[None], tokens)[0]
+        image = theirs.eval().encode_image(preprocess(picture)[None], normalize=True)
+        found = theirs.logit_scale.exp() * image @ theirs.encode_text(tokens, normalize=True).T
+        if theirs.logit_bias is not None:
+            found += theirs.logit_bias
     return _difference(found, _clip_logits(clip, picture))
 
 
@@ -122,7 +126,7 @@ def _adapted(model: nn.Module, adapter: Path | None) -> nn.Module:
     return PeftModel.from_pretrained(model, str(adapter)).eval()  # type: ignore[arg-type]  # any module will do
 
 
-def _clip_logits(clip: CLIP, picture: Image.Image, adapter: Path | None = None) -> Tensor:
+def _clip_logits(clip: AnyClip, picture: Image.Image, adapter: Path | None = None) -> Tensor:
     ours = copy.deepcopy(clip).float().eval()
     if adapter is not None:
         load_lora(ours, adapter)
@@ -133,7 +137,7 @@ def _clip_logits(clip: CLIP, picture: Image.Image, adapter: Path | None = None) 
         return output.scale * output.image_bD @ output.text_bD.T + (0 if output.bias is None else output.bias)
 
 
-def _tokens(clip: CLIP) -> Tensor:
+def _tokens(clip: AnyClip) -> Tensor:
     return torch.from_numpy(tokenizer_of(clip.config.text_cfg)(CAPTIONS)).long()
 
 

@@ -7,13 +7,24 @@ from pathlib import Path
 
 from torch import nn
 
-from mmfoundry.models.clip import CLIP
+from mmfoundry.models.interop.any_clip import AnyClip
+from mmfoundry.models.open_clip_model import OpenClip
 from mmfoundry.models.vision import VisionConfig
 from mmfoundry.models.vlm import VisionLanguageModel
 
 
-def clip_facts(model: CLIP) -> dict[str, str]:
+def clip_facts(model: AnyClip) -> dict[str, str]:
     """Sizes of a CLIP."""
+    if isinstance(model, OpenClip):
+        tree, module = model.config.open_clip, model.open_clip
+        tower = tree["vision_cfg"].get("timm_model_name") or type(module.visual).__name__
+        return {
+            "parameters": _count(model),
+            "class": f"open_clip's {type(module).__name__}",
+            "vision tower": f"{tower}, pictures of {model.config.vision_cfg.image_size} pixels",
+            "text tower": f"{model.config.text_cfg.context_length} tokens at most",
+            "joint embedding": f"width {tree['embed_dim']}",
+        }
     text = model.config.text_cfg
     return {
         "parameters": _count(model),

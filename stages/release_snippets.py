@@ -11,7 +11,8 @@ tokenizer = open_clip.get_tokenizer("local-dir:clip-open_clip")
 images = preprocess(Image.open("picture.png").convert("RGB")).unsqueeze(0)
 texts = tokenizer(["a red apple", "a dog"])
 with torch.no_grad():
-    logits, _ = model.eval().get_logits(images, texts)
+    image, text = model.eval().encode_image(images, normalize=True), model.encode_text(texts, normalize=True)
+    logits = model.logit_scale.exp() * image @ text.T + (0 if model.logit_bias is None else model.logit_bias)
 print(logits.softmax(-1))
 """,
     "clip-transformers": """

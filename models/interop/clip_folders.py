@@ -9,11 +9,13 @@ from typing import TYPE_CHECKING, Any
 from safetensors.torch import save_file
 
 from mmfoundry.models.clip import CLIP, ClipConfig
+from mmfoundry.models.interop.any_clip import AnyClip, AnyClipConfig, save_any_clip
 from mmfoundry.models.interop.load import OPEN_CLIP_CONFIG, OPEN_CLIP_WEIGHTS
 from mmfoundry.models.interop.open_clip import to_open_clip_config, to_open_clip_state
 from mmfoundry.models.interop.transformers_clip import to_transformers_config, to_transformers_state
 from mmfoundry.models.interop.transformers_siglip import is_siglip, to_siglip_config, to_siglip_state
 from mmfoundry.models.io import HERE, TOKENIZER_FILES, copy_tokenizer
+from mmfoundry.models.open_clip_model import OpenClip
 from mmfoundry.pipeline.artifact import write_atomic
 from mmfoundry.pipeline.errors import ConfigError
 from mmfoundry.pipeline.torchvision_ops import declare_missing_ops
@@ -25,7 +27,7 @@ VOCABULARY = 49_408  # ids of CLIP's byte-pair encoding
 START, END = "<|startoftext|>", "<|endoftext|>"  # as transformers writes the last two of them
 
 
-def save_for_open_clip(model: CLIP, folder: str | Path) -> None:
+def save_for_open_clip(model: AnyClip, folder: str | Path) -> None:
     """Write a folder for open_clip's `local-dir:` and `hf-hub:`. CLIP's tokenizer is part of open_clip itself.
 
     Args:
@@ -34,12 +36,17 @@ def save_for_open_clip(model: CLIP, folder: str | Path) -> None:
 
     Raises:
         ConfigError: the vocabulary is not CLIP's, so open_clip would give the model other ids; or open_clip has no such
-            towers.
+            towers; or pictures are resized in another way than ours.
         MissingInput: the model's own tokenizer is not to be had.
     """
     name = model.config.text_cfg.hf_tokenizer_name
     if name is None:
         check_vocabulary(model.config)
+    if isinstance(model, OpenClip):
+        model.config.check_tokenizer()
+        model.config.check_resizing()
+        save_any_clip(model, folder)
+        return
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
     if name is not None:
@@ -175,7 +182,7 @@ def to_clip_tokenizer(context_length: int) -> CLIPTokenizer:
     return CLIPTokenizer(vocab=vocabulary, merges=merges, model_max_length=context_length)
 
 
-def check_vocabulary(config: ClipConfig) -> None:
+def check_vocabulary(config: AnyClipConfig) -> None:
     """Refuse a model whose captions are not split by CLIP's byte-pair encoding.
 
     Raises:

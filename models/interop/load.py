@@ -11,7 +11,7 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from mmfoundry.models.clip import CLIP
-from mmfoundry.models.interop.open_clip import from_open_clip
+from mmfoundry.models.interop.open_clip import from_open_clip, from_open_clip_config
 from mmfoundry.models.interop.transformers_clip import from_transformers
 from mmfoundry.models.interop.transformers_siglip import from_siglip
 from mmfoundry.models.io import CONFIG_FILE, FORMAT, WEIGHTS_FILE, load_clip
@@ -35,14 +35,18 @@ def load_any_clip(folder: str | Path) -> CLIP:
     """
     folder = Path(folder)
     if (folder / OPEN_CLIP_CONFIG).is_file():
-        record = _read_json(folder / OPEN_CLIP_CONFIG)
-        state = _read_weights(folder / OPEN_CLIP_WEIGHTS)
+        record = read_json(folder / OPEN_CLIP_CONFIG)
+        parts = (record.get("model_cfg", {}), record.get("preprocess_cfg"))
         source = str(folder / OPEN_CLIP_CONFIG)
-        model = from_open_clip(record.get("model_cfg", {}), state, record.get("preprocess_cfg"), source)
+        try:
+            from_open_clip_config(*parts, source)
+        except ConfigError as error:
+            raise ConfigError(f"{error}; only a plain ViT CLIP or a SigLIP can be used here") from error
+        model = from_open_clip(parts[0], read_weights(folder / OPEN_CLIP_WEIGHTS), parts[1], source)
         return model if model.config.text_cfg.hf_tokenizer_name is None else _with_tokenizer(model, folder)
     if not (folder / CONFIG_FILE).is_file():
         raise MissingInput(f"{folder}: no CLIP here: neither {CONFIG_FILE} nor {OPEN_CLIP_CONFIG}")
-    record = _read_json(folder / CONFIG_FILE)
+    record = read_json(folder / CONFIG_FILE)
     if record.get("format") == FORMAT:
         return load_clip(folder)
     if record.get("model_type") == "siglip2":
@@ -50,13 +54,13 @@ def load_any_clip(folder: str | Path) -> CLIP:
             f"{folder / CONFIG_FILE}: a NaFlex SigLIP 2 (model_type siglip2): take one of fixed resolution"
         )
     if record.get("model_type") == "siglip":
-        weights = _read_weights(folder / WEIGHTS_FILE)
+        weights = read_weights(folder / WEIGHTS_FILE)
         return _with_tokenizer(from_siglip(_with_defaults(record), weights, str(folder / CONFIG_FILE)), folder)
     if record.get("model_type") != "clip":
         raise DamagedInput(
             f"{folder / CONFIG_FILE}: neither one of our CLIPs nor a CLIPModel or SiglipModel of transformers"
         )
-    return from_transformers(_with_defaults(record), _read_weights(folder / WEIGHTS_FILE), str(folder / CONFIG_FILE))
+    return from_transformers(_with_defaults(record), read_weights(folder / WEIGHTS_FILE), str(folder / CONFIG_FILE))
 
 
 def _with_tokenizer(model: CLIP, folder: Path) -> CLIP:
@@ -77,7 +81,12 @@ def _with_defaults(record: dict[str, Any]) -> dict[str, Any]:
     return (SiglipConfig if record["model_type"] == "siglip" else CLIPConfig)(**record).to_dict()
 
 
-def _read_json(file: Path) -> dict[str, Any]:
+def read_json(file: Path) -> dict[str, Any]:
+    """A JSON object.
+
+    Raises:
+        DamagedInput: the file holds something else.
+    """
     try:
         record = json.loads(file.read_text(encoding="utf-8"))
     except ValueError as error:
@@ -87,7 +96,13 @@ def _read_json(file: Path) -> dict[str, Any]:
     return record
 
 
-def _read_weights(file: Path) -> dict[str, Tensor]:
+def read_weights(file: Path) -> dict[str, Tensor]:
+    """Weights by name, on the CPU.
+
+    Raises:
+        MissingInput: no such file.
+        DamagedInput: not a whole safetensors file.
+    """
     if not file.is_file():
         raise MissingInput(f"{file}: no such file; weights are read from safetensors only")
     try:

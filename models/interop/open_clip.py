@@ -125,13 +125,23 @@ def named_config(name: str) -> ClipConfig:
         UnknownName: open_clip has none of this name; the nearest is said.
         ConfigError: it asks for something that our CLIP does not have; the key is named.
     """
+    return from_open_clip_config(named_model_cfg(name), source=f"open_clip's {name}")
+
+
+def named_model_cfg(name: str) -> dict[str, Any]:
+    """open_clip's own config of one of its models; see `named_config`.
+
+    Raises:
+        UnknownName: open_clip has none of this name; the nearest is said.
+    """
     spec = importlib.util.find_spec("open_clip")
     folders = list(spec.submodule_search_locations or ()) if spec is not None else []
     files = {file.stem: file for folder in folders for file in sorted(Path(folder, "model_configs").glob("*.json"))}
     if name not in files:
         near = difflib.get_close_matches(name, files, n=3)
         raise UnknownName(f"open_clip has no model {name!r}; near: {', '.join(near) or 'none'}")
-    return from_open_clip_config(json.loads(files[name].read_text(encoding="utf-8")), source=f"open_clip's {name}")
+    model_cfg: dict[str, Any] = json.loads(files[name].read_text(encoding="utf-8"))
+    return model_cfg
 
 
 def to_open_clip_state(model: CLIP) -> dict[str, Tensor]:

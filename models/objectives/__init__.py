@@ -5,7 +5,9 @@ joint loss, so that gradients averaged over ranks are those of one process on th
 tensor; nothing is read to the host.
 
 An objective whose micro-batches do not all count alike (one a token, say) has a method `weight(batch)` as well: what
-this rank's micro-batch counts for, read from the batch on the host.
+this rank's micro-batch counts for, read from the batch on the host. One of several parts that count differently has
+`weights(batch)` instead: part -> what this rank's micro-batch counts for in it. It multiplies each of these parts, loss
+and metrics, by `weight_in(batch, part)` itself; parts that it does not name count alike.
 
 An objective with options is a `Config` that can be called; one with the defaults is registered. `needs`, where it has
 that, names what it reads of the output beyond the two embeddings and the scale.
@@ -22,6 +24,7 @@ from torch.distributed import ProcessGroup
 from mmfoundry.pipeline.config import Config, parse
 from mmfoundry.pipeline.errors import ConfigError
 from mmfoundry.pipeline.registry import Registry
+from mmfoundry.pipeline.updates import WEIGHTS
 
 # A weight, or options with the weight among them: `{info_nce: 1.0}`, `{siglip: {weight: 0.5, tile: 512}}`
 ObjectiveWeights = Mapping[str, Union[float, Mapping[str, Any]]]  # noqa: UP007  (read at run time by pydantic)
@@ -97,11 +100,26 @@ class _Sum:
         self._parts, self._factors = parts, factors
         self.needs = frozenset().union(*(needs(part) for part in parts.values()))
 
+    def weights(self, batch: Mapping[str, Any]) -> dict[str, float]:
+        return {key: count for part in self._parts.values() for key, count in weights_of(part, batch).items()}
+
     def __call__(self, output: Any, batch: Mapping[str, Any], group: ProcessGroup | None = None) -> dict[str, Tensor]:
         values = {name: part(output, batch, group) for name, part in self._parts.items()}
         total = sum(self._factors[name] * each["loss"] for name, each in values.items())
         named = {f"{name}/{key}": value.detach() for name, each in values.items() for key, value in each.items()}
         return {"loss": total, **named}  # type: ignore[dict-item]  # sum() of tensors is a tensor
+
+
+def weights_of(objective: Objective, batch: Mapping[str, Any]) -> dict[str, float]:
+    """What a batch on the host counts for in each part of an objective that counts by itself."""
+    found: dict[str, float] = getattr(objective, "weights", lambda batch: {})(batch)
+    return found
+
+
+def weight_in(batch: Mapping[str, Any], part: str) -> Tensor | float:
+    """What a part of the loss of this micro-batch is multiplied with; 1 where a step has only one."""
+    found: Tensor | float = batch.get(WEIGHTS, {}).get(part, 1.0)
+    return found
 
 
 def needs(objective: Objective) -> frozenset[str]:

@@ -11,7 +11,7 @@ from pydantic import Field, model_validator
 from torch import Tensor
 from torch.distributed import ProcessGroup
 
-from mmfoundry.models.objectives import OBJECTIVES, Objective, check_pairs, needs, weighted_sum
+from mmfoundry.models.objectives import OBJECTIVES, Objective, check_pairs, needs, weighted_sum, weights_of
 from mmfoundry.pipeline.config import Config
 
 LEAST_WIDTH = 8  # of the widths by default: the paper's smallest
@@ -51,6 +51,10 @@ class Matryoshka(Config):
     def needs(self) -> frozenset[str]:
         """What the objectives inside need."""
         return needs(self.inner)
+
+    def weights(self, batch: Mapping[str, Any]) -> dict[str, float]:
+        """What a batch counts for in the objectives inside."""
+        return weights_of(self.inner, batch)
 
     def widths(self, whole: int) -> tuple[int, ...]:
         """The widths for embeddings of `whole` numbers, as asked for or by default.

@@ -30,13 +30,18 @@ class TinyModel(nn.Module):
     def forward(self, batch: dict[str, Tensor]) -> SimpleNamespace:
         labels_bL = batch["labels"][:, 1:]
         supervised_bL = labels_bL != IGNORED
+        words = self.vocabulary(batch["hidden"][:, :-1])
+        nats = nn.functional.cross_entropy(words.flatten(0, 1), labels_bL.flatten(), reduction="none")
         return SimpleNamespace(
             image_bD=nn.functional.normalize(self.image(batch["image"]), dim=-1),
             text_bD=nn.functional.normalize(self.text(batch["text"]), dim=-1),
             scale=self.log_scale.exp(),
             bias=self.bias,
-            logits_sV=self.vocabulary(batch["hidden"][:, :-1])[supervised_bL],
+            logits_sV=words[supervised_bL],
             target_s=labels_bL[supervised_bL],
+            caption_nats_bL=nats.view_as(labels_bL),
+            caption_right_bL=words.argmax(-1) == labels_bL,
+            caption_said_bL=supervised_bL,
         )
 
 
@@ -72,6 +77,7 @@ OPTIONS: dict[str, list[dict[str, Any]]] = {
     "tiled_info_nce": [{"tile": 2}],
     "siglip": [{"tile": 2}],
     "distillation": [{"features": 0.5, "teachers": {"a": 1.0}}],
+    "coca": [{"contrastive": {"siglip": {"tile": 2}}, "clip_loss_weight": 0.5}, {"clip_loss_weight": 0.0}],
     "matryoshka": [{"dims": [5, 2], "over": {"tiled_info_nce": 1.0, "siglip": 0.5}}],
 }
 CASES = [(name, options) for name in sorted(OBJECTIVES) for options in ({}, *OPTIONS.get(name, []))]

@@ -1,0 +1,169 @@
+"""stages/pretrain.py, eval.py, release.py with models that open_clip's own module computes: CoCa, ConvNeXt, ResNet."""
+
+import io
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import open_clip
+import pytest
+import torch
+from PIL import Image
+from torch.distributed import ProcessGroup
+
+from mmfoundry.data.shards import write_shards
+from mmfoundry.models.interop.any_clip import read_clip
+from mmfoundry.models.open_clip_model import OpenClip, OpenClipConfig
+from mmfoundry.pipeline.config import parse
+from mmfoundry.pipeline.distributed import Runtime, init_runtime
+from mmfoundry.pipeline.errors import ConfigError
+from mmfoundry.pipeline.metrics import read_metrics
+from mmfoundry.pipeline.stage import run_stage
+from mmfoundry.stages.eval import STAGE as EVAL
+from mmfoundry.stages.eval import EvalConfig
+from mmfoundry.stages.filter_encoders import load_encoder
+from mmfoundry.stages.pretrain import STAGE, PretrainConfig
+from mmfoundry.stages.release import STAGE as RELEASE
+from mmfoundry.stages.release import ReleaseConfig
+from tests.models.tiny_open_clip import model_cfg
+from tests.ranks import run_ranks
+
+COLOURS = {"red": (220, 30, 30), "a square that is green": (30, 200, 30), "blue all over": (30, 30, 220)}
+
+
+@pytest.fixture(scope="module")
+def shards(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """48 squares of three colours, whose captions have unlike lengths."""
+    folder = tmp_path_factory.mktemp("shards")
+
+    def samples() -> Any:
+        for number in range(48):
+            caption = list(COLOURS)[number % 3]
+            file = io.BytesIO()
+            Image.fromarray(np.full((20, 20, 3), COLOURS[caption], np.uint8)).save(file, "png")
+            tail, said = " indeed" * (number % 4), json.dumps({"name": caption}).encode()
+            yield {"__key__": f"{number:04d}", "png": file.getvalue(), "txt": f"{caption}{tail}", "json": said}
+
+    write_shards(samples(), folder, max_count=24)
+    return folder
+
+
+def tree(shards: Path, kind: str = "coca", **changes: Any) -> dict[str, Any]:
+    trainer = {"train_batch_size": 12, "max_steps": 3, "optimizer": {"lr": 3e-3}, "scheduler": {"warmup_steps": 1}}
+    config: dict[str, Any] = {
+        "seed": 3,
+        "data": [{"path": str(shards)}],
+        "model": {"open_clip": model_cfg(kind, vocab_size=49_408, context_length=12)},
+        "objectives": {"coca": 1.0} if kind == "coca" else {"info_nce": 1.0},
+        "trainer": trainer | changes.pop("trainer", {}),
+    }
+    return config | changes
+
+
+def logged(group: ProcessGroup | None, output: str, config: dict[str, Any]) -> list[dict[str, float]]:
+    """Each step's numbers of a training here, on every rank."""
+    done = run_stage(STAGE, parse(PretrainConfig, config), Path(output), init_runtime())
+    return list(read_metrics(done.path / "metrics.jsonl"))
+
+
+def curve(lines: list[dict[str, float]]) -> list[float]:
+    return [line["loss"] for line in lines]
+
+
+def test_both_losses_of_a_coca_fall_and_what_it_learnt_goes_on_its_way(shards: Path, tmp_path: Path) -> None:
+    config = parse(PretrainConfig, tree(shards, trainer={"max_steps": 30, "ema": {"decay": 0.5}}))
+    done = run_stage(STAGE, config, tmp_path / "pretrain", init_runtime())
+    lines = list(read_metrics(done.path / "metrics.jsonl"))
+    assert lines[-1]["caption_loss"] < lines[0]["caption_loss"] - 2
+    assert lines[-1]["contrastive_loss"] < lines[0]["contrastive_loss"] - 0.3
+    assert lines[-1]["loss"] == pytest.approx(lines[-1]["contrastive_loss"] + 2 * lines[-1]["caption_loss"])
+    assert isinstance(read_clip(done.path / "ema"), OpenClip)
+
+    task = {"task": "zero_shot", "pictures": {"data": "squares"}, "label": "name", "templates": ["{}"], "top": [1]}
+    asked = {"clip": str(done.path), "data": {"squares": str(shards)}, "tasks": {"colours": task}}
+    measured = run_stage(EVAL, parse(EvalConfig, asked), tmp_path / "eval", init_runtime())
+    rows = {row["metric"]: row for row in json.loads((measured.path / "results.json").read_text())["rows"]}
+    assert rows["colours"]["value"] == 1
+    assert rows["colours"]["untrained"] < 1
+
+    encoder = load_encoder(done.path, None, torch.device("cpu"), "fp32")
+    pixels = np.full((20, 20, 3), COLOURS["red"], np.uint8)
+    theirs = encoder.embed_images([encoder.prepare(pixels)]) @ encoder.embed_texts(list(COLOURS)).T
+    assert theirs.argmax() == 0
+
+    card = {"license": "apache-2.0"}
+    asked = {"name": "coca", "clip": str(done.path), "card": card}
+    with pytest.raises(ConfigError, match=r"clip_formats: transformers has no class for open_clip's CoCa; set \[open_"):
+        run_stage(RELEASE, parse(ReleaseConfig, asked), tmp_path / "no", Runtime())
+    released = run_stage(
+        RELEASE, parse(ReleaseConfig, asked | {"clip_formats": ["open_clip"]}), tmp_path / "release", Runtime()
+    )
+    folder = released.path / "clip-open_clip"
+    assert "open_clip's CoCa" in (folder / "README.md").read_text()
+    model = open_clip.create_model(f"local-dir:{folder}", require_pretrained=True).eval()
+    assert type(model).__name__ == "CoCa"
+    assert released.manifest.metrics["max_difference"] < 1e-5
+
+
+@pytest.mark.parametrize("stage", [*(pytest.param(stage, marks=pytest.mark.slow) for stage in (0, 1, 2)), 3])
+def test_ranks_zero_stages_and_a_gradient_cache_give_the_joint_losses(stage: int, shards: Path, tmp_path: Path) -> None:
+    def config(**trainer: Any) -> dict[str, Any]:
+        return tree(shards, objectives={"coca": {"contrastive": {"tiled_info_nce": 1.0}}}, trainer=trainer)
+
+    expected = curve(logged(None, str(tmp_path / "one"), config()))
+    cached = curve(logged(None, str(tmp_path / "cached"), config(grad_cache_chunk_size=3)))
+    assert cached == pytest.approx(expected, rel=1e-5)
+    for found in run_ranks(logged, 2, str(tmp_path / "two"), config(zero_optimization={"stage": stage})):
+        assert curve(found) == pytest.approx(expected, rel=1e-5)
+
+
+def test_micro_batches_weigh_tokens_and_pairs_each_in_its_way(shards: Path, tmp_path: Path) -> None:
+    def config(objective: str, micro: int | None) -> dict[str, Any]:
+        return tree(shards, objectives={objective: 1.0}, trainer={"train_micro_batch_size_per_gpu": micro})
+
+    whole, halves = (logged(None, str(tmp_path / f"c{rows}"), config("captioning", rows)) for rows in (None, 6))
+    assert curve(halves) == pytest.approx(curve(whole), rel=1e-5)
+    assert [line["token_accuracy"] for line in halves] == pytest.approx([line["token_accuracy"] for line in whole])
+    # with a contrastive part tokens are joined over micro-batches, pairs told apart within each
+    whole, halves = (logged(None, str(tmp_path / f"both{rows}"), config("coca", rows)) for rows in (None, 6))
+    assert halves[0]["caption_loss"] == pytest.approx(whole[0]["caption_loss"], rel=1e-5)
+    assert halves[0]["contrastive_loss"] < whole[0]["contrastive_loss"] - 0.3
+    for found in run_ranks(logged, 2, str(tmp_path / "two"), config("coca", 3)):
+        assert curve(found) == pytest.approx(curve(halves), rel=1e-5)
+
+
+@pytest.mark.parametrize("kind", ["convnext", "resnet"])
+def test_other_towers_learn(kind: str, shards: Path, tmp_path: Path) -> None:
+    trainer = {"max_steps": 8, "optimizer": {"lr": 1e-3}, "precision": "bf16", "gradient_checkpointing": True}
+    losses = curve(logged(None, str(tmp_path / "out"), tree(shards, kind, trainer=trainer)))
+    assert min(losses[-3:]) < losses[0] - 0.5
+    again = tree(shards, kind, trainer={"max_steps": 1}, model=None, initial=str(tmp_path / "out"))
+    assert curve(logged(None, str(tmp_path / "more"), again))[0] < losses[0] - 0.2
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"model": "ViT-B-16-SigLIP"}, r"hf_tokenizer_name is timm/ViT-B-16-SigLIP: this model reads another"),
+        ({"model": "coca_roberta-ViT-B-32"}, "the text tower roberta-base comes from the Hugging Face hub"),
+        ({"text_groups": 2}, "text_groups: only our own ViT towers have it"),
+        ({"lock_image": True}, "lock_image: only our own ViT towers have it"),
+        ({"force_patch_dropout": 0.5}, "force_patch_dropout: only our own ViT towers have it"),
+        ({"model": "ViT-B-32"}, "captioning needs a model with a text decoder, such as open_clip's coca_ViT-B-32"),
+        ({"objectives": {"siglip": 1.0}}, r"needs model\.init_logit_bias"),
+        ({"model": {"open_clip": "RN50", "embed_dim": 3}}, r"model\.embed_dim is not a known key"),
+        ({"model": {"open_clop": "RN50"}}, r"model\.open_clop is not a known key"),
+    ],
+)
+def test_what_is_refused_before_anything_runs(changes: dict[str, Any], message: str, shards: Path) -> None:
+    with pytest.raises(ConfigError, match=message) as caught:
+        parse(PretrainConfig, tree(shards, **changes))
+    assert "\n" not in str(caught.value)
+
+
+def test_names_become_the_class_that_can_express_them(shards: Path) -> None:
+    for name, theirs in (("RN50", True), ("coca_ViT-B-32", True), ("ViT-B-32", False)):
+        config = parse(PretrainConfig, tree(shards, model=name, objectives={"info_nce": 1.0}))
+        assert isinstance(config.model, OpenClipConfig) == theirs
+        assert parse(PretrainConfig, config.model_dump(mode="json")) == config  # as a manifest holds it
