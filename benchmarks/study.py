@@ -76,22 +76,19 @@ def metrics_of(folder: Path) -> dict[str, float] | None:
     return json.loads(manifest.read_text(encoding="utf-8"))["metrics"] if manifest.is_file() else None
 
 
-def table(
-    results: Results, metrics: Mapping[str, str], more: Mapping[str, Mapping[str, str]], percent: bool = True
-) -> str:
+def table(results: Results, metrics: Mapping[str, str], more: Mapping[str, Mapping[str, str]]) -> str:
     """A row an arm: cells of `more`, and each metric as mean (least to greatest) over the seeds, in percent.
 
     Args:
-        results: of each arm.
+        results: of each arm, shares of 1.
         metrics: keys of the results and the columns' heads.
         more: heads of columns that come first, and arm -> cell.
-        percent: whether the numbers are shares of 1.
     """
     lines = [_line(["arm", *more, *metrics.values()]), "| --- " * (1 + len(more) + len(metrics)) + "|"]
     for arm, runs in results.items():
         cells = [arm, *(column.get(arm, "") for column in more.values())]
         for metric in metrics:
-            values = [(100 if percent else 1) * run[metric] for run in runs.values()]
+            values = [100 * run[metric] for run in runs.values()]
             spread = f" ({min(values):.1f} to {max(values):.1f})" if len(values) > 1 else ""
             cells.append(f"{statistics.mean(values):.1f}{spread}")
         lines.append(_line(cells))
