@@ -127,6 +127,7 @@ class Learning(Study):
         }
         recipe["eval"] |= {"tasks": tasks}
         super().__init__(output, recipe, " and ".join(map(str, RECIPES)), QUICK_STEPS if quick else None)
+        self.rates: dict[str, float] = {}
 
     def stage(self, entry: str) -> Stage:
         """The stage of an entry; a training with clocks in its log."""
@@ -144,9 +145,11 @@ class Learning(Study):
         """The best learning rate of an optimiser; what is missing of the search for it is done first."""
         if self.quick_steps:
             return RATES[optimizer][1]
-        for rate in RATES[optimizer]:
-            self.measure(search_arm(optimizer, rate), SEARCH_SEED)
-        return best_rate(search_scores(self.output)[optimizer])
+        if optimizer not in self.rates:
+            for rate in RATES[optimizer]:
+                self.measure(search_arm(optimizer, rate), SEARCH_SEED)
+            self.rates[optimizer] = best_rate(search_scores(self.output)[optimizer])
+        return self.rates[optimizer]
 
     def measure(self, arm: Arm, seed: int) -> None:
         """Train, if the arm has a training of its own, and evaluate."""
