@@ -4,6 +4,7 @@ import json
 import sys
 from pathlib import Path
 from types import ModuleType
+from typing import Any
 
 import pytest
 import torch
@@ -125,3 +126,48 @@ def test_tables_over_seeds(study: ModuleType) -> None:
     assert study.gain_rows(results, "base", ["m"]) == [
         {"work": "arm: m", "ours": 0.25, "peer": 0.3, "unit": "share", "ratio": 0.25 / 0.3}
     ]
+
+
+def test_what_the_arms_change(learning: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    ran: dict[str, Any] = {}
+    monkeypatch.setattr("study.run_stage", lambda stage, config, folder, runtime: ran.update({folder.name: config}))
+    each = learning.Learning(tmp_path, quick=True)
+    for arm in learning.ARMS:
+        if not arm.width:
+            each.measure(arm, seed=7)
+    trained = {name.removeprefix("train-"): config for name, config in ran.items() if name.startswith("train-")}
+    assert list(trained) == [arm.place for arm in learning.ARMS if not arm.of]
+    base = trained.pop("info_nce")
+    assert base.seed == 7
+    assert ran["eval-uniform-soup"].clip == str(tmp_path / "seed-7" / "train-info_nce" / "soup")
+    assert ran["eval-ema-0.98"].clip == str(tmp_path / "seed-7" / "train-ema-0.98" / "ema")
+    for name, config in trained.items():
+        optimizer = config.trainer.optimizer
+        assert optimizer.lr * optimizer.weight_decay == pytest.approx(learning.DECAY)
+        assert config.trainer.max_steps == base.trainer.max_steps
+        changed = {key for key in type(config).model_fields if getattr(config, key) != getattr(base, key)}
+        assert (changed - {"soup", "trainer"} or optimizer != base.trainer.optimizer or config.trainer.ema) or (
+            name == "captions-padded-to-77"
+        )
+        assert optimizer.type == (name if name in learning.RATES else "adamw")
+    assert trained["lion"].trainer.optimizer.betas == (0.9, 0.99)  # its own, not the baseline's
+    assert trained["distillation"].teachers["base"].clip == str(tmp_path / "seed-7" / "train-info_nce")
+
+
+def test_rates_are_searched_once(learning: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    each = learning.Learning(tmp_path, quick=False)
+    asked = []
+
+    def measure(arm: Any, seed: int) -> None:
+        asked.append((arm.rate, arm.steps, seed))
+        folder = tmp_path / f"seed-{seed}" / f"eval-{arm.place}"
+        folder.mkdir(parents=True)
+        score = 0.5 if arm.rate == 2e-4 else 0.4
+        other = {name: 1 - score for name in learning.METRICS}  # the held-out style has no say
+        metrics = other | dict.fromkeys(learning.CHOSEN_BY, score)
+        (folder / "manifest.json").write_text(json.dumps({"metrics": metrics}))
+
+    monkeypatch.setattr(each, "measure", measure)
+    assert each.rate("lion") == each.rate("lion") == 2e-4
+    assert asked == [(rate, 150, 3) for rate in (1e-4, 2e-4, 4e-4)]
+    assert "lion: 0.0001: 40.0, 0.0002*: 50.0, 0.0004: 40.0" in learning.search_lines(tmp_path)
