@@ -36,6 +36,7 @@ import numpy as np
 import polars as pl
 import psutil
 import yaml
+from tables import Row, faster, print_table, smaller, write_rows
 
 ROOT = Path(__file__).parent.parent
 sys.path.insert(0, str(ROOT))
@@ -48,7 +49,6 @@ from tests.data.filters.nltk_wordnet import copy_for_nltk  # noqa: E402
 
 PEERS = Path(__file__).parent / "filter_peers"
 WORKS = ("basic", "text_based", "clip_score", "metaclip")
-Row = dict[str, Any]
 
 
 @dataclass(frozen=True)
@@ -157,11 +157,11 @@ def filter_rows(name: str, pool: Path, work: Path, wordnet: Path | None, effort:
     plain = [PEERS / "plain.py"]
     peer = run_side([*plain, name, pool, kept, str(effort.workers), str(limit), *further], environment)
     _expect_the_same(name, np.load(output / "subset.npy"), np.load(kept), pool, limit)
-    rows = [_row(name, ours.rate, peer.rate, "rows/s", ours.rate / peer.rate)]
-    rows.append(_row(f"memory, {name}", ours.memory_mb, peer.memory_mb, "MB", peer.memory_mb / ours.memory_mb))
+    rows = [faster(name, ours.rate, peer.rate, "rows/s")]
+    rows.append(smaller(f"memory, {name}", ours.memory_mb, peer.memory_mb, "MB"))
     if name == "basic":
         bare = run_side([*plain, "bare", pool, kept, str(effort.workers), str(effort.rows)], environment)
-        rows.insert(1, _row("basic, bare fastText", ours.seconds, bare.seconds, "s", bare.seconds / ours.seconds))
+        rows.insert(1, smaller("basic, bare fastText", ours.seconds, bare.seconds, "s"))
     return rows
 
 
@@ -198,7 +198,7 @@ def matching_rows(pool: Path, effort: Effort) -> list[Row]:
     peer = len(few) / (time.perf_counter() - start)
     if found.head(len(few)).to_list() != plain:
         raise SystemExit("metaclip matching: the two sides do not find the same entries")
-    return [_row("metaclip matching", ours, peer, "captions/s", ours / peer)]
+    return [faster("metaclip matching", ours, peer, "captions/s")]
 
 
 def run(only: Sequence[str], work: Path, wordnet: Path | None, effort: Effort) -> list[Row]:
@@ -227,10 +227,6 @@ def run(only: Sequence[str], work: Path, wordnet: Path | None, effort: Effort) -
     return rows
 
 
-def _row(work: str, ours: float, peer: float, unit: str, ratio: float) -> Row:
-    return {"work": work, "ours": round(ours, 3), "peer": round(peer, 3), "unit": unit, "ratio": round(ratio, 3)}
-
-
 def main() -> None:
     """Run the rows and print the table."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -248,12 +244,9 @@ def main() -> None:
         print(f"text_based is left out: {error}", file=sys.stderr)
     arguments.work.mkdir(parents=True, exist_ok=True)
     rows = run(arguments.only, arguments.work.resolve(), wordnet, QUICK if arguments.quick else FULL)
-    print(f"\n{'work':<26}{'ours':>14}{'peer':>14}  {'unit':<11} ratio")
-    for row in rows:
-        print(f"{row['work']:<26}{row['ours']:>14}{row['peer']:>14}  {row['unit']:<11} {row['ratio']}")
+    print_table(rows, width=26)
     print(f"{time.perf_counter() - start:.0f} s")
-    if arguments.json:
-        arguments.json.write_text(json.dumps(rows, indent=1) + "\n")
+    write_rows(arguments.json, rows)
 
 
 if __name__ == "__main__":

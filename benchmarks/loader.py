@@ -19,7 +19,6 @@ small, which spares the peers most of what their shuffle buffers take.
 from __future__ import annotations
 
 import argparse
-import json
 import signal
 import statistics
 import sys
@@ -28,14 +27,12 @@ from collections.abc import Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 sys.path.insert(0, str(Path(__file__).parent / "loader_peers"))
 from environments import REQUIREMENTS, environment_python, fetch_photographs
 from pictures import SIZES, Size, picture_bytes, pool_folder, read_photographs, write_pool
 from processes import Side
-
-Row = dict[str, Any]
+from tables import Row, faster, print_table, smaller, write_rows
 
 
 @dataclass(frozen=True)
@@ -103,11 +100,11 @@ def rows_of(found: dict[str, Measured], size: Size, workers: int, sample_mb: flo
         if name == "ours":
             continue
         work = f"{name} {size.name}{suffix}"
-        rows.append(_row(work, ours.rate, peer.rate, "samples/s", ours.rate / peer.rate))
-        rows.append(_row(work, ours.rate * sample_mb, peer.rate * sample_mb, "MB/s", ours.rate / peer.rate))
+        rows.append(faster(work, ours.rate, peer.rate, "samples/s"))
+        rows.append(faster(work, ours.rate * sample_mb, peer.rate * sample_mb, "MB/s"))
         if name != "decode":
-            rows.append(_row(f"first batch, {work}", ours.first_s, peer.first_s, "s", peer.first_s / ours.first_s))
-            rows.append(_row(f"memory, {work}", ours.memory_mb, peer.memory_mb, "MB", peer.memory_mb / ours.memory_mb))
+            rows.append(smaller(f"first batch, {work}", ours.first_s, peer.first_s, "s"))
+            rows.append(smaller(f"memory, {work}", ours.memory_mb, peer.memory_mb, "MB"))
     return rows
 
 
@@ -147,10 +144,6 @@ def run(peers: Sequence[str], work: Path, effort: Effort, device: str, sizes: Se
     return rows
 
 
-def _row(work: str, ours: float, peer: float, unit: str, ratio: float) -> Row:
-    return {"work": work, "ours": round(ours, 3), "peer": round(peer, 3), "unit": unit, "ratio": round(ratio, 3)}
-
-
 def main() -> None:
     """Run the rows and print the table."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -164,12 +157,9 @@ def main() -> None:
     signal.signal(signal.SIGTERM, lambda *_: sys.exit("stopped"))  # so that the sides are ended too
     start = time.perf_counter()
     rows = run(arguments.peers, arguments.work.resolve(), QUICK if arguments.quick else FULL, arguments.device)
-    print(f"\n{'work':<52}{'ours':>11}{'peer':>11}  {'unit':<10} ratio")
-    for row in rows:
-        print(f"{row['work']:<52}{row['ours']:>11}{row['peer']:>11}  {row['unit']:<10} {row['ratio']}")
+    print_table(rows, width=52)
     print(f"{time.perf_counter() - start:.0f} s, {arguments.device}")
-    if arguments.json:
-        arguments.json.write_text(json.dumps(rows, indent=1) + "\n")
+    write_rows(arguments.json, rows)
 
 
 if __name__ == "__main__":

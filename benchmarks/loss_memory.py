@@ -16,7 +16,6 @@ On a GPU there is one rank (NCCL wants a device for each), with more pairs.
 from __future__ import annotations
 
 import argparse
-import json
 import multiprocessing
 import socket
 import statistics
@@ -29,6 +28,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
+from tables import Row, print_header, print_row, smaller, write_rows
 from torch import Tensor
 
 from mmfoundry.models.clip import ClipOutput
@@ -39,7 +39,7 @@ declare_missing_ops()
 
 from open_clip.loss import ClipLoss, SigLipLoss  # noqa: E402  (imports torchvision)
 
-WIDTH = 512
+WIDTH, WORK_WIDTH = 512, 44  # of embeddings; of the table's first column
 OBJECTIVE_NAMES = ("tiled_info_nce", "siglip")
 Loss = Callable[[ClipOutput], Tensor]
 
@@ -147,7 +147,7 @@ def run_world(world: int, rows: int, repeats: int, device: str) -> dict[str, Any
     }
 
 
-def rows_of(found: dict[str, Any], world: int, pairs: int) -> list[dict[str, Any]]:
+def rows_of(found: dict[str, Any], world: int, pairs: int) -> list[Row]:
     """The table's lines for one number of ranks."""
     made = []
     for name, each in found.items():
@@ -155,15 +155,7 @@ def rows_of(found: dict[str, Any], world: int, pairs: int) -> list[dict[str, Any
             ours, peer = each["ours"][key] * factor, each["peer"][key] * factor
             kind = "memory" if key == "bytes" else "time"
             work = f"loss {kind} {name} {world} x {pairs}"
-            made.append(
-                {
-                    "work": work,
-                    "ours": round(ours, 2),
-                    "peer": round(peer, 2),
-                    "unit": unit,
-                    "ratio": round(peer / ours, 3),
-                }
-            )
+            made.append(smaller(work, ours, peer, unit, digits=2))
     return made
 
 
@@ -181,16 +173,12 @@ def main() -> None:
         pairs, repeats = (512, 3) if options.quick else (2048, 7)
         cases = [(world, pairs) for world in (1, 2, 4, 8)]
     table = []
-    print(f"{'loss, ranks x pairs on each':48} {'ours':>10} {'open_clip':>10} {'unit':>5} {'ratio':>7}")
+    print_header(WORK_WIDTH, peer="open_clip", note="   (ranks x pairs on each)")
     for world, pairs in cases:
         for row in rows_of(run_world(world, pairs, repeats, options.device), world, pairs):
             table.append(row)
-            print(
-                f"{row['work']:48} {row['ours']:10.2f} {row['peer']:10.2f} {row['unit']:>5} {row['ratio']:7.2f}",
-                flush=True,
-            )
-    if options.json:
-        options.json.write_text(json.dumps(table, indent=1) + "\n")
+            print_row(row, WORK_WIDTH)
+    write_rows(options.json, table)
 
 
 if __name__ == "__main__":

@@ -16,7 +16,6 @@ steps in turn, in one process, on the same pictures and captions, so that a busy
 from __future__ import annotations
 
 import argparse
-import json
 import os
 import statistics
 import subprocess
@@ -24,9 +23,9 @@ import sys
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any
 
 import torch
+from tables import Row, faster, print_header, print_row, smaller, write_rows
 
 from mmfoundry.data.loader import Loader, Source
 from mmfoundry.data.pairs import PairEncoder, pad_text
@@ -44,7 +43,6 @@ from mmfoundry.pipeline.optimizers import OptimizerConfig, build_optimizer
 from mmfoundry.pipeline.torchvision_ops import declare_missing_ops
 
 Batch = dict[str, torch.Tensor]
-Row = dict[str, Any]
 
 ROOT = Path(__file__).resolve().parents[1]
 POOL = sorted((ROOT / "data" / "samples").glob("pool-*.tar"))
@@ -52,6 +50,7 @@ OPTIMIZER = OptimizerConfig(lr=5e-4, betas=(0.9, 0.98), eps=1e-6, weight_decay=0
 CONTEXT = 77
 WORKERS = 2
 GROUPS = 4  # of captions of like length, in our text tower
+WORK_WIDTH = 28  # of the table's first column
 WARM_UP = 1  # steps of each side that are not counted
 
 
@@ -220,12 +219,12 @@ def step_rows(name: str, ours: Ours, peer: OpenClip, config: ClipConfig, rows: i
             times[side].append(timed(sides[side].step, ready, ours.device))
             flops[side].append(sides[side].flops(ready))
     seconds = {side: statistics.median(each[WARM_UP:]) for side, each in times.items()}
-    found = [speed_row(f"step {name}", rows / seconds["ours"], rows / seconds["peer"], "samples/s")]
+    found = [faster(f"step {name}", rows / seconds["ours"], rows / seconds["peer"], "samples/s")]
     if ours.device.type == "cuda":
         peak = peak_tflops(torch.cuda.get_device_name(), "bf16")
         if peak is not None:
             share = {side: statistics.mean(flops[side]) / seconds[side] / peak / 1e10 for side in seconds}
-            found.append(speed_row(f"mfu {name}", share["ours"], share["peer"], "%"))
+            found.append(faster(f"mfu {name}", share["ours"], share["peer"], "%"))
     return found
 
 
@@ -244,7 +243,7 @@ def end_to_end_row(name: str, ours: Ours, peer: OpenClip, config: ClipConfig, ro
                 timed(step, next(batches), ours.device)
             seconds[side].append((time.perf_counter() - start) / steps)
             batches.close()  # type: ignore[attr-defined]
-    return speed_row(f"end to end {name}", rows / min(seconds["ours"]), rows / min(seconds["peer"]), "samples/s")
+    return faster(f"end to end {name}", rows / min(seconds["ours"]), rows / min(seconds["peer"]), "samples/s")
 
 
 def memory_row(name: str, rows: int, device: str) -> Row:
@@ -257,13 +256,7 @@ def memory_row(name: str, rows: int, device: str) -> Row:
         if process.returncode:
             raise RuntimeError(f"the process that measures the memory of {side} ended with {process.returncode}")
         peaks[side] = float(out.split()[-1])
-    ratio = round(peaks["peer"] / peaks["ours"], 2)
-    return {
-        "work": f"memory {name}",
-        **{side: round(peak) for side, peak in peaks.items()},
-        "unit": "MB",
-        "ratio": ratio,
-    }
+    return smaller(f"memory {name}", peaks["ours"], peaks["peer"], "MB", digits=1)
 
 
 def print_peak(side: str, name: str, rows: int) -> None:
@@ -280,11 +273,6 @@ def most_resident_bytes() -> int:
     """The most memory this process held; getrusage would also count what its starter held."""
     lines = Path("/proc/self/status").read_text(encoding="ascii").splitlines()
     return int(next(line for line in lines if line.startswith("VmHWM:")).split()[1]) * 1024
-
-
-def speed_row(work: str, ours: float, peer: float, unit: str) -> Row:
-    """More is better."""
-    return {"work": work, "ours": round(ours, 2), "peer": round(peer, 2), "unit": unit, "ratio": round(ours / peer, 2)}
 
 
 def main() -> None:
@@ -311,12 +299,11 @@ def main() -> None:
         return
     steps = arguments.steps or (20 if on_gpu else 3 if arguments.quick else 8)
     rows = []
-    print(f"\n{'work':<28}{'ours':>10}{'open_clip':>11}  {'unit':<10} ratio   (batch {batch})", flush=True)
+    print_header(WORK_WIDTH, peer="open_clip", note=f"   (batch {batch})")
     for row in (row for name in models for row in measure_model(name, batch, steps, arguments.device)):
-        print(f"{row['work']:<28}{row['ours']:>10}{row['peer']:>11}  {row['unit']:<10} {row['ratio']}", flush=True)
+        print_row(row, WORK_WIDTH)
         rows.append(row)
-    if arguments.json:
-        arguments.json.write_text(json.dumps(rows, indent=1) + "\n")
+    write_rows(arguments.json, rows)
 
 
 if __name__ == "__main__":

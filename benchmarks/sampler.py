@@ -18,7 +18,6 @@ from __future__ import annotations
 
 import argparse
 import io
-import json
 import os
 import random
 import shutil
@@ -36,6 +35,7 @@ from typing import Any
 import numpy as np
 import psutil
 import webdataset
+from tables import Row, write_rows
 
 from mmfoundry.data.index import index_path, open_index
 from mmfoundry.data.permutation import WINDOW
@@ -46,10 +46,10 @@ SIZES = {"1M": 10**6, "10M": 10**7, "1B, simulated": 10**9}
 PEER_LIMIT = 10**8  # samples; past it the peer's list takes more than 4 GB
 SHARDS, PER_SHARD = 1000, 10_000
 BATCH, RANKS, WORKERS = 4096, 8, 4
-Rows = list[dict[str, Any]]
+Rows = list[Row]
 
 
-def row(work: str, ours: float, peer: float | None, unit: str) -> dict[str, Any]:
+def row(work: str, ours: float, peer: float | None, unit: str) -> Row:
     """One line of the table; less is better in all of them."""
     ratio = round(peer / ours, 3) if peer is not None and ours else None
     return {"work": work, "ours": _short(ours), "peer": _short(peer), "unit": unit, "ratio": ratio}
@@ -251,8 +251,7 @@ def main() -> None:
     for each in rows:
         peer, ratio = ("" if each[name] is None else each[name] for name in ("peer", "ratio"))
         print(f"{each['work']:<48}{each['ours']:>10}{peer:>10}  {each['unit']:<8}{ratio}")
-    if arguments.json:
-        arguments.json.write_text(json.dumps(rows, indent=1) + "\n")
+    write_rows(arguments.json, rows)
 
 
 if __name__ == "__main__":

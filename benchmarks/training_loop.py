@@ -11,7 +11,6 @@ plain loop uses what PyTorch's own pages name as fastest: fused AdamW, `zero_gra
 from __future__ import annotations
 
 import argparse
-import json
 import os
 import statistics
 import tempfile
@@ -21,6 +20,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from tables import Row, print_table, smaller, write_rows
 from torch import nn
 
 from mmfoundry.models.clip import CLIP, ClipConfig
@@ -108,7 +108,7 @@ class BenchmarkConfig(StageConfig):
     trainer: TrainerConfig
 
 
-def measure(rows: int, steps: int) -> dict[str, Any]:
+def measure(rows: int, steps: int) -> Row:
     """Median time of a step, ours and the plain loop's, in milliseconds."""
     runtime = init_runtime()
     loader = InTurn(rows, runtime.device)
@@ -125,7 +125,7 @@ def measure(rows: int, steps: int) -> dict[str, Any]:
         run_stage(Stage("benchmark", BenchmarkConfig, run, "time the loop"), config, Path(folder) / "out", runtime)
     ours, peer = (1e3 * statistics.median(times[WARM_UP:]) for times in (loader.ours, loader.peer[: len(loader.ours)]))
     work = f"step of a 12M CLIP, batch {rows}, fp32, {runtime.device.type}"
-    return {"work": work, "ours": round(ours, 2), "peer": round(peer, 2), "unit": "ms", "ratio": round(peer / ours, 3)}
+    return smaller(work, ours, peer, "ms", digits=2)
 
 
 def main() -> None:
@@ -139,11 +139,8 @@ def main() -> None:
         os.environ["DS_ACCELERATOR"] = "cpu"
     batch_sizes, steps = ([16, 32], 16) if arguments.quick else ([16, 32, 128], 60)
     rows = [measure(rows, steps) for rows in batch_sizes]
-    print(f"\n{'work':<48}{'ours':>10}{'PyTorch':>10}  unit  ratio")
-    for row in rows:
-        print(f"{row['work']:<48}{row['ours']:>10}{row['peer']:>10}  {row['unit']:<5} {row['ratio']}")
-    if arguments.json:
-        arguments.json.write_text(json.dumps(rows, indent=1) + "\n")
+    print_table(rows, width=48, peer="PyTorch")
+    write_rows(arguments.json, rows)
 
 
 if __name__ == "__main__":
