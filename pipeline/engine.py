@@ -69,6 +69,7 @@ class Engine:
         base_optimizer: the torch optimizer that DeepSpeed drives.
         trainable: the parameters that it updates.
         stage: the ZeRO stage that is run.
+        device: where this rank's tensors live.
         offloads_optimizer: whether the optimizer's states, and so the gradients, are kept off the device.
         loss_scale: what the loss is multiplied with before the backward pass; 1 except in fp16.
     """
@@ -93,7 +94,7 @@ class Engine:
         on_gpu = runtime.device.type == "cuda"
         numel = sum(p.numel() for p in self.trainable)
         settings = deepspeed_config(config, runtime.world_size, numel, on_gpu)
-        self._device = runtime.device
+        self.device = runtime.device
         self._valid: Tensor | None = None
         self._rows = config.micro_batches(runtime.world_size)[0]
         self._chunks = config.chunks(runtime.world_size)
@@ -143,7 +144,7 @@ class Engine:
             backward=lambda chunk, grads: self.backward(self.deepspeed(chunk, grads=grads)["loss"] * share),
             factor=self.loss_scale if weight is None else weight * self.loss_scale,
             buffers=self.model.buffers(),
-            device=self._device,
+            device=self.device,
         )
 
     def forward(self, batch: Batch) -> dict[str, Tensor]:
@@ -162,7 +163,7 @@ class Engine:
             self.deepspeed.zero_grad()
             self.deepspeed.micro_steps += 1
             return
-        self._valid = torch.zeros((), dtype=torch.bool, device=self._device)
+        self._valid = torch.zeros((), dtype=torch.bool, device=self.device)
         self.deepspeed.step()
         if self.deepspeed.was_step_applied():
             raise RuntimeError("this release of DeepSpeed updates weights although the gradient norm is infinite")
@@ -236,7 +237,7 @@ class Engine:
     def _step_partitioned(self) -> Tensor:
         self.deepspeed.step()
         if not self.deepspeed.was_step_applied():
-            return torch.full((), math.inf, device=self._device)
+            return torch.full((), math.inf, device=self.device)
         return torch.as_tensor(self.deepspeed.get_global_grad_norm())
 
     def _adapt_loss_scale(self, finite: bool) -> None:

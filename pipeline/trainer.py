@@ -33,6 +33,7 @@ from mmfoundry.pipeline.gauges import Gauges, Work
 from mmfoundry.pipeline.grad_cache import Batch
 from mmfoundry.pipeline.guard import Guard, GuardConfig, NonFinite
 from mmfoundry.pipeline.heartbeat import Doing, Heartbeat
+from mmfoundry.pipeline.measured import Measured
 from mmfoundry.pipeline.optimizers import ParamGroup, build_optimizer, decay_groups
 from mmfoundry.pipeline.schedules import lr_factor
 from mmfoundry.pipeline.stage import CHECKPOINTS, RunContext
@@ -94,7 +95,7 @@ def train(
     phase: str = "train",
     param_groups: list[ParamGroup] | None = None,
     metrics: Callable[[], Mapping[str, float]] | None = None,
-    evaluate: Callable[[int], Mapping[str, float]] | None = None,
+    evaluate: Callable[[Any, int], Mapping[str, float]] | None = None,
     work: Callable[[Mapping[str, Any]], Work] | None = None,
 ) -> TrainResult:
     """Train for the steps of the config's budget, going on from the newest complete checkpoint in the work folder.
@@ -109,9 +110,11 @@ def train(
         phase: name of this phase in files and logs.
         param_groups: from `decay_groups`; None: all trainable parameters, vectors not decayed.
         metrics: more numbers for the log, asked for every `logging_steps` steps.
-        evaluate: called with the step every `eval_steps` steps, in eval mode without gradients, on every rank.
+        evaluate: called with the model, its weights whole and in eval mode, and the step, every `eval_steps` steps,
+            without gradients, on every rank.
         work: what a micro-batch costs one rank, for tokens and operations a second in the log.
     Raises:
+        ConfigError: `eval_steps` where nothing is evaluated.
         NonFinite: a loss or gradient is not finite; the step and the samples are named.
         LossSpike: a loss is far above the last ones, where `config.guard` looks for that.
         NotEnoughSpace: no room for a checkpoint; the previous one is intact.
@@ -142,7 +145,7 @@ class _Training:
         context: RunContext,
         phase: str,
         metrics: Callable[[], Mapping[str, float]] | None,
-        evaluate: Callable[[int], Mapping[str, float]] | None,
+        evaluate: Callable[[Any, int], Mapping[str, float]] | None,
         work: Callable[[Mapping[str, Any]], Work] | None,
     ) -> None:
         self.config, self.model, self.objective, self.loader = config, model, objective, loader
@@ -163,6 +166,9 @@ class _Training:
             self.best = checkpoint.Best(config.metric_for_best_model, config.greater_is_better)
         self.saving: checkpoint.Saving | None = None
         self.recent: deque[float] = deque(maxlen=max(1, self.steps // 20))
+
+        if config.eval_steps and evaluate is None:
+            raise ConfigError(f"{phase}: eval_steps is {config.eval_steps}, but no evaluation is given: leave it at 0")
 
     def run(self, param_groups: list[ParamGroup] | None) -> TrainResult:
         self.model.to(self.runtime.device)
@@ -189,6 +195,7 @@ class _Training:
         config, runtime = self.config, self.runtime
         groups = param_groups or decay_groups(self.model.named_parameters(), config.optimizer.weight_decay)
         stage = zero_stage(config, runtime.world_size)
+        self.measured = Measured(self.model, partitioned=config.eval_steps > 0 and stage == 3)
         self.engine = Engine(
             config,
             self.model,
@@ -303,12 +310,10 @@ class _Training:
         """Whether the log gets what costs something to read."""
         return step % self.config.logging_steps == 0 or step == self.steps
 
-    def _evaluate(self, evaluate: Callable[[int], Mapping[str, float]]) -> None:
+    def _evaluate(self, evaluate: Callable[[Any, int], Mapping[str, float]]) -> None:
         self.heart.at(self.progress.step, Doing.EVALUATION)
-        self.model.eval()
-        with torch.no_grad():
-            numbers = evaluate(self.progress.step)
-        self.model.train()
+        with torch.no_grad(), self.measured.whole(self.engine) as model:
+            numbers = evaluate(model, self.progress.step)
         self.evaluated = (self.progress.step, {name: float(value) for name, value in numbers.items()})
         named = {f"eval/{name}": value for name, value in numbers.items()}
         self.context.log.scalars(self.progress.step, named, self.phase)

@@ -4,96 +4,43 @@ from __future__ import annotations
 
 import dataclasses
 import json
-import re
 import shutil
 import time
-from functools import cache
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
 from PIL import Image
-from pydantic import Field, SerializeAsAny, field_validator, model_validator
+from pydantic import Field
 
-from mmfoundry.data.reader import Pool
 from mmfoundry.evals.questions import Answer
-from mmfoundry.evals.samples import Samples, select
-from mmfoundry.evals.suite import load_suite, parse_task, selections
-from mmfoundry.evals.task import Bench, Clip, EvalTask, Example, Row, Selection, TaskResult
-from mmfoundry.models.interop.any_clip import AnyClip, before_training, read_clip
-from mmfoundry.models.open_clip_model import OpenClip
+from mmfoundry.evals.task import Bench, Example, Row, TaskResult
+from mmfoundry.models.interop.any_clip import before_training, read_clip
 from mmfoundry.pipeline.artifact import Artifact, write_atomic
-from mmfoundry.pipeline.config import ArtifactRef, ShardsRef, StageConfig
+from mmfoundry.pipeline.config import ArtifactRef, StageConfig
 from mmfoundry.pipeline.distributed import barrier
-from mmfoundry.pipeline.errors import ConfigError, MissingInput
-from mmfoundry.pipeline.registry import unknown
+from mmfoundry.pipeline.errors import MissingInput
 from mmfoundry.pipeline.stage import RunContext, Stage
 from mmfoundry.pipeline.torchvision_ops import declare_missing_ops
-from mmfoundry.stages.captions import tokenizer_of
+from mmfoundry.stages.evaluations import EvaluationConfig, as_clip, opener
 
 if TYPE_CHECKING:
     from mmfoundry.pipeline.metrics import StageLog
 
 RESULTS = "results.json"
-TASK_NAME = re.compile(r"[a-z0-9_]+")
 
 
-class EvalConfig(StageConfig):
+class EvalConfig(EvaluationConfig, StageConfig):
     """What to measure, and on what."""
 
     clip: ArtifactRef | None = Field(None, description="CLIP to measure: a pretrain artifact")
     vlm: ArtifactRef | None = Field(None, description="vision-language model to measure: an instruct artifact")
-    data: dict[str, ShardsRef] = Field(description="data sets by the names that the tasks use: artifacts, tars, globs")
-    suite: str | None = Field(None, description="a suite of evals/suites (emoji) or a YAML file of that form")
-    tasks: dict[str, SerializeAsAny[EvalTask]] = Field(
-        default_factory=dict, description="evaluations by name, added to the suite's or in place of them"
-    )
-    only: list[str] | None = Field(None, min_length=1, description="names of the tasks to run; null: all")
     untrained: bool = Field(True, description="measure the models before training, too, where that can be rebuilt")
-    batch_size: int = Field(64, ge=1, description="pictures a forward pass of the CLIP, each rank")
 
-    @model_validator(mode="before")
-    @classmethod
-    def _take_in_suite(cls, tree: Any) -> Any:
-        """Put the suite's entries into `tasks`, so that the manifest tells what was run."""
-        if not isinstance(tree, dict) or not isinstance(tree.get("tasks", {}), dict):
-            return tree
-        suite = load_suite(tree["suite"]) if isinstance(tree.get("suite"), str) else {}
-        return tree | {"tasks": suite | tree.get("tasks", {})}
-
-    @field_validator("tasks", mode="before")
-    @classmethod
-    def _typed_tasks(cls, tasks: Any) -> Any:
-        if not isinstance(tasks, dict):
-            return tasks
-        for name in tasks:
-            if not isinstance(name, str) or not TASK_NAME.fullmatch(name):
-                raise ConfigError(f"task {name!r}: lower-case letters, digits and _ only; it becomes a file name")
-        return {name: parse_task(name, tree) for name, tree in tasks.items()}
-
-    @model_validator(mode="after")
-    def _fits_together(self) -> EvalConfig:
-        if not self.tasks:
-            raise ConfigError("nothing to measure: give a `suite` or `tasks`")
-        for name in self.only or ():
-            if name not in self.tasks:
-                raise ConfigError(f"only: {unknown('task', name, list(self.tasks))}")
-        for name, task in self.to_run().items():
-            for selection in selections(task):
-                if selection.data not in self.data:
-                    raise ConfigError(
-                        f"tasks.{name}: data set {selection.data!r} is not in `data`; it has {[*self.data]}"
-                    )
-        if not self.to_run():
-            raise ConfigError("nothing to measure: the tasks need a `clip` or a `vlm`")
-        return self
-
-    def to_run(self) -> dict[str, EvalTask]:
-        """The tasks that are asked for and whose model is given, in order."""
-        given = {"clip": self.clip is not None, "vlm": self.vlm is not None}
-        wanted = self.only or list(self.tasks)
-        return {name: task for name, task in self.tasks.items() if name in wanted and given[task.needs]}
+    def models(self) -> set[str]:
+        """Kinds of model that are given."""
+        return {kind for kind, model in (("clip", self.clip), ("vlm", self.vlm)) if model is not None}
 
 
 def run(config: EvalConfig, context: RunContext) -> Artifact:
@@ -151,15 +98,8 @@ def make_bench(config: EvalConfig, context: RunContext) -> Bench:
     if "vlm" in needs and config.vlm is not None:
         answer, untrained_answer = load_answers(context.inputs["vlm"], device, config.untrained, context.log)
 
-    @cache
-    def pool(name: str) -> Pool:
-        return Pool(context.shards(f"data.{name}"), name=name)
-
-    def opened(selection: Selection) -> Samples:
-        return select(pool(selection.data), selection.where, selection.limit)
-
     return Bench(
-        open=opened,
+        open=opener(context),
         runtime=context.runtime,
         seed=config.seed,
         batch_size=config.batch_size,
@@ -169,28 +109,6 @@ def make_bench(config: EvalConfig, context: RunContext) -> Bench:
         answer=answer,
         untrained_answer=untrained_answer,
     )
-
-
-def as_clip(model: AnyClip) -> Clip:
-    """A CLIP as evaluations see a model: pictures as bytes, texts as strings.
-
-    Raises:
-        ConfigError: it wants its pictures or captions prepared in a way that evaluations do not have.
-    """
-    if isinstance(model, OpenClip):
-        model.config.check_tokenizer()
-        model.config.check_resizing()
-    tokenize = tokenizer_of(model.config.text_cfg)
-    device = model.logit_scale.device
-
-    def encode_image(pictures: torch.Tensor) -> torch.Tensor:
-        return model.encode_image(model.pixels(pictures.to(device)))
-
-    def encode_text(texts: list[str]) -> torch.Tensor:
-        return model.encode_text(torch.from_numpy(tokenize(texts)).to(device))
-
-    config = model.config
-    return Clip(encode_image, encode_text, config.vision_cfg.image_size, config.preprocess_cfg.resize_mode)
 
 
 def load_answers(folder: Path, device: torch.device, untrained: bool, log: StageLog) -> tuple[Answer, Answer | None]:

@@ -35,6 +35,7 @@ from mmfoundry.pipeline.trainer import train
 from mmfoundry.pipeline.trainer_config import TrainerConfig
 from mmfoundry.stages.averages import SoupConfig, write_ema, write_soup
 from mmfoundry.stages.captions import tokenizer_of
+from mmfoundry.stages.evaluations import EvaluationConfig, while_training
 
 SKIP_LOG = "skipped.jsonl"
 PHASE = "train"
@@ -164,6 +165,9 @@ class PretrainConfig(StageConfig):
         1, ge=1, description="groups of captions of like length, which go through the text tower one by one; 4 is good"
     )
     soup: SoupConfig | None = Field(None, description="a mean of checkpoints, left in soup/; None: none")
+    eval: EvaluationConfig | None = Field(
+        None, description="what is measured every trainer.eval_steps steps, on all ranks; `eval/...` in the log"
+    )
     trainer: TrainerConfig = Field(description="batch size, steps, optimizer, schedule, checkpoints")
 
     @field_validator("model", mode="before")
@@ -177,6 +181,8 @@ class PretrainConfig(StageConfig):
             raise ValueError(
                 "give either model (to start from random weights) or initial (to go on from a trained CLIP)"
             )
+        if (self.eval is not None) != (self.trainer.eval_steps > 0):
+            raise ValueError("eval and trainer.eval_steps go together; only one of them is given")
         if self.soup is not None and self.soup.checkpoints > self.trainer.keep_checkpoints:
             raise ValueError(f"soup.checkpoints wants trainer.keep_checkpoints to be {self.soup.checkpoints} or more")
         self._consistent_objectives()
@@ -289,6 +295,7 @@ def run(config: PretrainConfig, context: RunContext) -> Artifact:
         context=context,
         phase=PHASE,
         metrics=lambda: data_metrics(loader),
+        evaluate=None if config.eval is None else while_training(config.eval, context, "eval."),
         work=clip_work(model) if isinstance(model, CLIP) else None,
         param_groups=clip_param_groups(
             model,

@@ -147,7 +147,7 @@ def run(config: TinyConfig, context: RunContext) -> Artifact:
         loader=loader,
         context=context,
         metrics=after_step,
-        evaluate=lambda step: {"step_squared": step**2, "training": model.training + torch.is_grad_enabled()},
+        evaluate=lambda model, step: {"step_squared": step**2, "training": model.training + torch.is_grad_enabled()},
     )
     if runtime.is_main:
         torch.save(model.state_dict(), context.work / "model.pt")
