@@ -44,7 +44,8 @@ from mmfoundry.pipeline.stage import RunContext
 from mmfoundry.pipeline.trainer import train
 from mmfoundry.pipeline.trainer_config import TrainerConfig
 from mmfoundry.stages.captions import tokenizer_of
-from mmfoundry.stages.eval import as_clip, write_examples
+from mmfoundry.stages.eval import write_examples
+from mmfoundry.stages.evaluations import as_clip
 from mmfoundry.stages.pretrain import data_metrics
 
 ADAPTER = "clip-lora"  # folder of the adapter in the artifact, in peft's format

@@ -12,6 +12,7 @@ from PIL import Image
 from mmfoundry.evals.metrics import mean
 from mmfoundry.evals.task import EVAL_TASKS, Bench, EvalTask, Row, TaskResult
 from mmfoundry.models.clip import CLIP
+from mmfoundry.models.interop.any_clip import before_training
 from mmfoundry.models.interop.load import load_any_clip
 from mmfoundry.models.io import save_clip
 from mmfoundry.models.vlm_io import save_vlm
@@ -20,7 +21,8 @@ from mmfoundry.pipeline.config import parse
 from mmfoundry.pipeline.distributed import Runtime
 from mmfoundry.pipeline.errors import ConfigError, DamagedInput
 from mmfoundry.pipeline.stage import run_stage, work_folder
-from mmfoundry.stages.eval import RESULTS, STAGE, EvalConfig, as_clip, before_training
+from mmfoundry.stages.eval import RESULTS, STAGE, EvalConfig
+from mmfoundry.stages.evaluations import as_clip
 from mmfoundry.stages.scenes import STAGE as SCENES
 from mmfoundry.stages.scenes import ScenesConfig
 from tests.data.drawn import write_pictures

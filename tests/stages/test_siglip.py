@@ -23,7 +23,8 @@ from mmfoundry.pipeline.stage import run_stage
 from mmfoundry.stages.adapt_clip import PromptClassifier
 from mmfoundry.stages.captions import tokenizer_of
 from mmfoundry.stages.eval import STAGE as EVAL
-from mmfoundry.stages.eval import EvalConfig, as_clip
+from mmfoundry.stages.eval import EvalConfig
+from mmfoundry.stages.evaluations import as_clip
 from mmfoundry.stages.filter_encoders import load_encoder
 from mmfoundry.stages.pretrain import STAGE as PRETRAIN
 from mmfoundry.stages.pretrain import PretrainConfig
