@@ -39,6 +39,7 @@ cluster: install
 
 soak: install
 	$(BIN)/python -m tests.data.soak_loader
+	$(BIN)/python -m tests.pipeline.soak_kills
 
 lint: install links
 	$(BIN)/ruff check .
