@@ -23,7 +23,7 @@ from mmfoundry.models.interop.any_clip import (
 from mmfoundry.models.interop.load import load_any_clip
 from mmfoundry.models.interop.open_clip import to_open_clip_config
 from mmfoundry.models.objectives import WEIGHTS, objective_with, weighted_sum, weights_of
-from mmfoundry.models.open_clip_model import CaptionedOutput, OpenClip, OpenClipConfig
+from mmfoundry.models.open_clip_model import CaptionedOutput, OpenClip, OpenClipConfig, OpenClipPreprocess
 from mmfoundry.models.param_groups import TowerRate, TowerRates, clip_param_groups
 from mmfoundry.models.teachers import Taught
 from mmfoundry.pipeline.config import parse
@@ -87,7 +87,7 @@ def test_what_is_saved_loads_in_open_clip_and_here(kind: str, tmp_path: Path) ->
         torch.testing.assert_close(ours(whole), output)
     start, fresh = before_training(ours, tmp_path, 0).state_dict(), OpenClip.from_seed(made.config, 3).state_dict()
     assert all(torch.equal(value, start[name]) for name, value in fresh.items())
-    with pytest.raises(ConfigError, match="only a plain ViT CLIP can be used here"):
+    with pytest.raises(ConfigError, match="only a plain ViT CLIP or a SigLIP can be used here"):
         load_any_clip(tmp_path)
     tree = json.loads((tmp_path / OPEN_CLIP_CONFIG).read_text())
     tree["model_cfg"]["text_cfg"]["width"] = 8
@@ -190,9 +190,10 @@ def test_blocks_and_what_is_not_decayed() -> None:
 
 
 def test_names_and_folders_are_ours_where_they_can_be(tmp_path: Path) -> None:
-    assert isinstance(config_of_name("ViT-B-32"), ClipConfig)
+    for name in ("ViT-B-32", "ViT-B-16-SigLIP-384"):
+        assert isinstance(config_of_name(name), ClipConfig)
     assert isinstance(config_of(to_open_clip_config(tiny_config())["model_cfg"]), ClipConfig)
-    for name, side in (("RN50x4", 288), ("convnext_base_w", 256), ("coca_ViT-B-32", 224), ("ViT-B-16-SigLIP-384", 384)):
+    for name, side in (("RN50x4", 288), ("convnext_base_w", 256), ("coca_ViT-B-32", 224)):
         found = config_of_name(name)
         assert isinstance(found, OpenClipConfig)
         assert found.vision_cfg.image_size == side
@@ -228,7 +229,12 @@ def test_what_open_clip_refuses_and_what_stages_refuse() -> None:
     with pytest.raises(ConfigError, match=r"text_cfg\.hf_tokenizer_name is timm/ViT-B-16-SigLIP: .* than CLIP's"):
         OpenClipConfig(open_clip="ViT-B-16-SigLIP").check_tokenizer()
     config("coca").check_tokenizer()
-    squashed = config("coca", preprocess_cfg={"resize_mode": "squash"})
-    with pytest.raises(ConfigError, match=r"preprocess_cfg\.resize_mode is squash: this stage resizes with shortest"):
-        squashed.check_resizing()
-    assert squashed.text_cfg.context_length == CONTEXT
+    blurred = config("coca", preprocess_cfg={"interpolation": "bilinear"})
+    with pytest.raises(
+        ConfigError, match=r"preprocess_cfg\.interpolation is bilinear: this stage resizes with bicubic"
+    ):
+        blurred.check_resizing()
+    assert blurred.text_cfg.context_length == CONTEXT
+    with pytest.raises(ConfigError, match="resize_mode"):
+        parse(OpenClipPreprocess, {"resize_mode": "longest"})
+    config("coca", preprocess_cfg={"resize_mode": "squash"}).check_resizing()

@@ -145,7 +145,10 @@ def test_other_towers_learn(kind: str, shards: Path, tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"model": "ViT-B-16-SigLIP"}, r"hf_tokenizer_name is timm/ViT-B-16-SigLIP: this model reads another"),
+        (
+            {"model": {"open_clip": "ViT-B-16-SigLIP"}},
+            r"hf_tokenizer_name is timm/ViT-B-16-SigLIP: this model reads another",
+        ),
         ({"model": "coca_roberta-ViT-B-32"}, "the text tower roberta-base comes from the Hugging Face hub"),
         ({"text_groups": 2}, "text_groups: only our own ViT towers have it"),
         ({"lock_image": True}, "lock_image: only our own ViT towers have it"),

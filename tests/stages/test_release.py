@@ -244,7 +244,7 @@ def test_only_some(models: Path, tmp_path: Path) -> None:
     assert "max_difference" not in alone.manifest.metrics  # there was nothing to put it on
     head, text = card(alone.path / "clip-lora")
     assert head["base_model"] == str(base)
-    assert f'CLIPModel.from_pretrained("{base}")' in text
+    assert f'AutoModel.from_pretrained("{base}")' in text
     assert "loaded again" not in text
     with pytest.raises(ConfigError, match=r"clip-lora goes on .*pretrain, which transformers cannot load"):
         release(models, tmp_path / "release", clip=None, vlm=None, eval=None)

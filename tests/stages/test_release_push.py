@@ -59,7 +59,7 @@ def test_folders_become_repositories(models: Path, hub: FakeHub, capsys: pytest.
     assert record["base_model_name_or_path"] == "acme/tiny-clip-transformers"
     card = hub.files["acme/tiny-clip-lora"]["README.md"].decode()
     assert yaml.safe_load(card.split("---\n")[1])["base_model"] == "acme/tiny-clip-transformers"
-    assert 'CLIPModel.from_pretrained("acme/tiny-clip-transformers")' in card
+    assert 'AutoModel.from_pretrained("acme/tiny-clip-transformers")' in card
     assert 'PeftModel.from_pretrained(base, "acme/tiny-clip-lora")' in card
     card = hub.files["acme/tiny-clip-open_clip"]["README.md"].decode()
     assert 'create_model_and_transforms("hf-hub:acme/tiny-clip-open_clip")' in card
