@@ -204,6 +204,7 @@ def measure_model(name: str, rows: int, steps: int, device: str) -> Iterator[Row
     ours, peer = Ours(config, rows, runtime), OpenClip(name, config, runtime.device)
     yield from step_rows(name, ours, peer, config, rows, steps)
     yield end_to_end_row(name, ours, peer, config, rows, steps)
+    del ours, peer  # what is measured next has to fit beside this process
     yield memory_row(name, rows, device)
 
 
@@ -247,15 +248,14 @@ def end_to_end_row(name: str, ours: Ours, peer: OpenClip, config: ClipConfig, ro
 
 
 def memory_row(name: str, rows: int, device: str) -> Row:
-    """Peak memory of a process of each side's own; both at once, since nothing is timed."""
+    """Peak memory of a process of each side's own, one after the other."""
     command = [sys.executable, __file__, "--device", device, "--models", name, "--batch", str(rows), "--peak-of"]
-    running = {side: subprocess.Popen([*command, side], stdout=subprocess.PIPE) for side in ("ours", "peer")}
     peaks = {}
-    for side, process in running.items():
-        out, _ = process.communicate()
-        if process.returncode:
-            raise RuntimeError(f"the process that measures the memory of {side} ended with {process.returncode}")
-        peaks[side] = float(out.split()[-1])
+    for side in ("ours", "peer"):
+        done = subprocess.run([*command, side], stdout=subprocess.PIPE, check=False)
+        if done.returncode:
+            raise RuntimeError(f"the process that measures the memory of {side} ended with {done.returncode}")
+        peaks[side] = float(done.stdout.split()[-1])
     return smaller(f"memory {name}", peaks["ours"], peaks["peer"], "MB", digits=1)
 
 

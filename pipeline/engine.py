@@ -229,8 +229,9 @@ class Engine:
         limit = self._config.gradient_clipping
         # In fp64, as the host would reckon; a product with 1 changes nothing.
         shrink = (limit / (norm.double() + 1e-6)).clamp(max=1.0) if limit else torch.ones_like(norm).double()
-        if limit or self.loss_scale != 1.0:
-            torch._foreach_mul_(grads, (shrink / self.loss_scale).float())
+        factor = (shrink / self.loss_scale).float()
+        if (limit or self.loss_scale != 1.0) and not is_one_on_the_host(factor):
+            torch._foreach_mul_(grads, factor)
         self.deepspeed.step()
         return norm
 
@@ -276,6 +277,11 @@ class Engine:
     def abandon(self) -> None:
         """After an error: let go without asking the other ranks for anything; the model is left as it is."""
         self._environment.close()
+
+
+def is_one_on_the_host(factor: Tensor) -> bool:
+    """Whether a () factor is known, without waiting for a device, to be 1: on a CPU, which it spares a pass over memory."""
+    return factor.device.type == "cpu" and float(factor) == 1.0
 
 
 def _initialize(
