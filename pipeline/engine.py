@@ -280,7 +280,7 @@ class Engine:
 
 
 def is_one_on_the_host(factor: Tensor) -> bool:
-    """Whether a () factor is known, without waiting for a device, to be 1: on a CPU, which it spares a pass over memory."""
+    """Whether a () factor is 1, known without waiting for a device: on a CPU, which it spares a pass over memory."""
     return factor.device.type == "cpu" and float(factor) == 1.0
 
 
