@@ -154,10 +154,7 @@ class CLIP(nn.Module):
 
         Held here and not in the parameter: an optimizer that keeps an fp32 copy would undo a clamp on the parameter.
         """
-        log_scale = at_least_fp32(self.logit_scale)
-        if self.config.max_logit_scale is not None:
-            log_scale = log_scale.clamp(max=math.log(self.config.max_logit_scale))
-        return log_scale.exp()
+        return inverse_temperature(self.logit_scale, self.config.max_logit_scale)
 
     def repeated_blocks(self) -> list[nn.Module]:
         """The layers of both towers: what can be compiled or computed twice one by one."""
@@ -175,6 +172,14 @@ class CLIP(nn.Module):
 def _embedding(pooled: Tensor, projection: nn.Linear | None) -> Tensor:
     """A tower's output in the joint space, L2-normalised, at least fp32."""
     return F.normalize(at_least_fp32(pooled if projection is None else projection(pooled)), dim=-1)
+
+
+def inverse_temperature(logit_scale: Tensor, limit: float | None) -> Tensor:
+    """The exponential of its stored logarithm, at least fp32, held at `limit`; None: not held."""
+    log_scale = at_least_fp32(logit_scale)
+    if limit is not None:
+        log_scale = log_scale.clamp(max=math.log(limit))
+    return log_scale.exp()
 
 
 def at_least_fp32(x: Tensor) -> Tensor:

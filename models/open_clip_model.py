@@ -8,7 +8,6 @@ interface of our `CLIP`. Parameters are open_clip's own under `open_clip.`.
 from __future__ import annotations
 
 import copy
-import math
 from collections.abc import Mapping
 from typing import Any, NamedTuple
 
@@ -17,7 +16,7 @@ import torch.nn.functional as F
 from pydantic import Field, field_validator
 from torch import Tensor, nn
 
-from mmfoundry.models.clip import ClipOutput, PreprocessConfig, at_least_fp32
+from mmfoundry.models.clip import ClipOutput, PreprocessConfig, at_least_fp32, inverse_temperature
 from mmfoundry.models.interop.open_clip import named_model_cfg
 from mmfoundry.models.vision import to_pixels
 from mmfoundry.pipeline.config import Config
@@ -258,10 +257,7 @@ class OpenClip(nn.Module):
 
     def scale(self) -> Tensor:
         """The inverse temperature, (), at least fp32, held at `config.max_logit_scale`; see `CLIP.scale`."""
-        log_scale = at_least_fp32(self.logit_scale).reshape(())
-        if self.config.max_logit_scale is not None:
-            log_scale = log_scale.clamp(max=math.log(self.config.max_logit_scale))
-        return log_scale.exp()
+        return inverse_temperature(self.logit_scale, self.config.max_logit_scale).reshape(())
 
     def repeated_blocks(self) -> list[nn.Module]:
         """What can be compiled or computed twice one by one: blocks of open_clip's transformers and of timm's towers.

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from safetensors.torch import save_file
+from torch import Tensor
 
 from mmfoundry.models.clip import CLIP, ClipConfig
 from mmfoundry.models.interop.any_clip import AnyClip, AnyClipConfig, save_any_clip
@@ -116,14 +118,8 @@ def to_siglip_model(model: CLIP) -> SiglipModel:
     """
     declare_missing_ops()  # transformers imports torchvision
     from transformers import SiglipConfig, SiglipModel
-    from transformers.initialization import no_init_weights
 
-    config = SiglipConfig(**to_siglip_config(model.config))
-    with no_init_weights():
-        theirs: Any = SiglipModel(config)
-    theirs.to(model.logit_scale.dtype)
-    theirs.load_state_dict(to_siglip_state(model))
-    return theirs.eval()
+    return _filled(SiglipModel, SiglipConfig(**to_siglip_config(model.config)), to_siglip_state(model))
 
 
 def to_clip_model(model: CLIP) -> CLIPModel:
@@ -133,13 +129,18 @@ def to_clip_model(model: CLIP) -> CLIPModel:
         ConfigError: it has a logit bias, which `CLIPModel` cannot hold.
     """
     from transformers import CLIPConfig, CLIPModel
+
+    return _filled(CLIPModel, CLIPConfig(**to_transformers_config(model.config)), to_transformers_state(model))
+
+
+def _filled(kind: Any, config: Any, state: Mapping[str, Tensor]) -> Any:
+    """A model of a class of transformers that holds copies of these weights, in their dtype; in evaluation mode."""
     from transformers.initialization import no_init_weights
 
-    config = CLIPConfig(**to_transformers_config(model.config))
     with no_init_weights():
-        theirs: Any = CLIPModel(config)
-    theirs.to(model.logit_scale.dtype)
-    theirs.load_state_dict(to_transformers_state(model))
+        theirs = kind(config)
+    theirs.to(state["logit_scale"].dtype)
+    theirs.load_state_dict(state)
     return theirs.eval()
 
 

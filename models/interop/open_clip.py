@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from mmfoundry.models.clip import CLIP, ClipConfig
-from mmfoundry.models.interop.build import build
+from mmfoundry.models.interop.build import acting_state, build
 from mmfoundry.models.interop.open_clip_siglip import (
     SIGLIP_PREPROCESS,
     from_trunk,
@@ -146,8 +146,7 @@ def named_model_cfg(name: str) -> dict[str, Any]:
 
 def to_open_clip_state(model: CLIP) -> dict[str, Tensor]:
     """Our weights as open_clip's `CLIP` loads them, with the inverse temperature as it acts: held at its limit."""
-    ours = {name: value.detach() for name, value in model.state_dict().items()}
-    ours["logit_scale"] = model.scale().detach().log().to(ours["logit_scale"].dtype)
+    ours = acting_state(model)
     if model.config.vision_cfg.pool_type == "map":
         text = _to_plain(model, {name: each for name, each in ours.items() if name.startswith("text_")})
         logits = {name: ours[name].clone() for name in ("logit_scale", "logit_bias") if name in ours}

@@ -9,7 +9,7 @@ from typing import Any
 from torch import Tensor
 
 from mmfoundry.models.clip import CLIP, ClipConfig
-from mmfoundry.models.interop.build import build, ratio_of
+from mmfoundry.models.interop.build import acting_state, build, copied, ratio_of
 from mmfoundry.pipeline.config import parse
 from mmfoundry.pipeline.errors import ConfigError
 
@@ -137,9 +137,7 @@ def to_transformers_state(model: CLIP) -> dict[str, Tensor]:
         raise ConfigError(
             "transformers' CLIPModel has no logit bias: a model with one cannot be written as a CLIPModel"
         )
-    state = {name: value.detach().clone() for name, value in model.state_dict().items()}
-    state["logit_scale"] = model.scale().detach().log().to(state["logit_scale"].dtype)
-    return state
+    return copied(acting_state(model))
 
 
 def from_transformers(config: Mapping[str, Any], state: Mapping[str, Tensor], source: str = "checkpoint") -> CLIP:
@@ -154,5 +152,4 @@ def from_transformers(config: Mapping[str, Any], state: Mapping[str, Tensor], so
         ConfigError: see `from_transformers_config`.
         DamagedInput: the weights do not fit the config.
     """
-    weights = {name: value.detach().clone() for name, value in state.items() if not name.endswith(".position_ids")}
-    return build(from_transformers_config(config, source), weights, source)
+    return build(from_transformers_config(config, source), copied(state), source)

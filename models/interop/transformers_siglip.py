@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from mmfoundry.models.clip import CLIP, ClipConfig
-from mmfoundry.models.interop.build import build, ratio_of
+from mmfoundry.models.interop.build import acting_state, build, copied, ratio_of
 from mmfoundry.models.text import TextConfig
 from mmfoundry.models.vision import VisionConfig
 from mmfoundry.pipeline.config import parse
@@ -146,8 +146,7 @@ def to_siglip_state(model: CLIP) -> dict[str, Tensor]:
         ConfigError: the model is none; see `to_siglip_config`.
     """
     to_siglip_config(model.config)
-    state = {name: value.detach().clone() for name, value in model.state_dict().items()}
-    state["logit_scale"] = model.scale().detach().log().to(state["logit_scale"].dtype)
+    state = copied(acting_state(model))
     state.setdefault("logit_bias", torch.zeros_like(state["logit_scale"]))
     return state | {name: state[name].reshape(1) for name in _SCALARS}
 
@@ -164,6 +163,6 @@ def from_siglip(config: Mapping[str, Any], state: Mapping[str, Tensor], source: 
         ConfigError: see `from_siglip_config`.
         DamagedInput: the weights do not fit the config.
     """
-    weights = {name: value.detach().clone() for name, value in state.items() if not name.endswith(".position_ids")}
+    weights = copied(state)
     weights |= {name: weights[name].reshape(()) for name in _SCALARS if name in weights}
     return build(from_siglip_config(config, source), weights, source)
