@@ -57,6 +57,11 @@ ARMS = [
     Arm(BASE, SOUP),
     Arm("tiled_info_nce", ("objectives={tiled_info_nce: 1.0}",)),
     Arm("siglip", ("objectives={siglip: 1.0}", "model.init_logit_bias=-10", "model.init_logit_scale=2.3026")),
+    # -10 is the log odds of a pair in batches of about 22,000; of 128 there are 127 to 1
+    Arm(
+        "siglip, bias -4.8",
+        ("objectives={siglip: 1.0}", "model.init_logit_bias=-4.844", "model.init_logit_scale=2.3026"),
+    ),
     Arm("info_nce and siglip", ("objectives={info_nce: 0.5, siglip: 0.5}", "model.init_logit_bias=-10")),
     Arm("distillation", ("objectives={info_nce: 0.5, distillation: 0.5}", TEACHER)),
     Arm("matryoshka", ("objectives={matryoshka: {dims: [128, 64, 32, 16]}}",)),
