@@ -24,6 +24,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
+from pydantic import ValidationError
 
 from mmfoundry.pipeline import artifact as artifacts
 from mmfoundry.pipeline.artifact import MANIFEST, Artifact, InputRecord, Manifest, digest_of, write_atomic
@@ -281,17 +282,30 @@ def _difference(
     if then["stage"] != stage.name:
         return f"the folder holds a {then['stage']} artifact"
     if then["config_digest"] != digest_config(config):
-        now = _flat(config.model_dump(mode="json"))
-        before = _flat(then["config"])
-        skipped = inputs_of(config)
-        keys = [k for k in sorted(now.keys() | before.keys()) if now.get(k) != before.get(k) and k not in skipped]
-        return f"its config changed: {', '.join(keys[:4]) or 'its fields'}"
+        filled = _with_new_keys(type(config), then["config"])
+        if filled is None or digest_config(filled) != digest_config(config):
+            now = _flat(config.model_dump(mode="json"))
+            before = _flat(then["config"] if filled is None else filled.model_dump(mode="json"))
+            skipped = inputs_of(config)
+            keys = [k for k in sorted(now.keys() | before.keys()) if now.get(k) != before.get(k) and k not in skipped]
+            return f"its config changed: {', '.join(keys[:4]) or 'its fields'}"
     if then["inputs"] != _digests(records):
         keys = sorted(
             k for k in then["inputs"].keys() | records.keys() if then["inputs"].get(k) != _digests(records).get(k)
         )
         return f"its input changed: {', '.join(keys)}"
     return None
+
+
+def _with_new_keys(config_type: type[StageConfig], before: Any) -> StageConfig | None:
+    """A config as an earlier release recorded it, with the defaults of keys that came since; None if it fits no more.
+
+    The default of a new key leaves results as they were, so that an artifact of before still holds.
+    """
+    try:
+        return config_type.model_validate(before)
+    except (ValidationError, MmfoundryError):
+        return None
 
 
 def _digests(records: dict[str, InputRecord]) -> dict[str, str]:

@@ -10,6 +10,7 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
+from pydantic import Field
 
 from mmfoundry.pipeline import stage as stage_module
 from mmfoundry.pipeline.artifact import Artifact
@@ -82,6 +83,36 @@ def test_what_changed_is_named_and_the_old_artifact_is_kept_aside(source: Path, 
     count(source, out, steps=4)
     assert (out / "step-3.txt").is_file()
     assert Artifact.open(tmp_path / "out.stale").manifest.config["steps"] == 3
+
+
+class CountConfigOfALaterRelease(fakes.CountConfig):
+    """With one more key."""
+
+    shout: bool = Field(False, description="write in capitals")
+
+
+CountConfigOfALaterRelease.__qualname__ = fakes.CountConfig.__qualname__
+
+
+def test_a_key_that_came_since_does_not_make_an_artifact_stale(source: Path, tmp_path: Path) -> None:
+    def later(**keys: object) -> tuple[str, str]:
+        config = parse(CountConfigOfALaterRelease, {"source": str(source)} | keys)
+        stage = replace(COUNT, config_type=CountConfigOfALaterRelease)
+        found = standing(stage, config, tmp_path / "out", record_inputs(config, resolve_inputs(stage, config)))
+        return found.action, found.why
+
+    count(source, tmp_path / "out")
+    assert later() == ("skip", "done; config and inputs are unchanged")
+    assert later(shout=True) == ("run", "its config changed: shout")
+    assert later(steps=4) == ("run", "its config changed: steps")
+    (source / "b.txt").write_text("more ")
+    assert later() == ("run", "its input changed: source")
+    manifest = tmp_path / "out" / "manifest.json"
+    told = json.loads(manifest.read_text())
+    told["config"] |= {"whisper": True}  # a key that is gone
+    told["config_digest"] = "0" * 64
+    manifest.write_text(json.dumps(told))
+    assert later()[1] == "its config changed: shout, whisper"
 
 
 def test_moved_inputs_and_outputs_still_hold(source: Path, tmp_path: Path) -> None:
