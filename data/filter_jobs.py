@@ -17,13 +17,13 @@ from typing import Any
 import numpy as np
 import polars as pl
 
-from mmfoundry.data.derived.base import DERIVATIONS, derive, sources_of
+from mmfoundry.data.derived.base import DERIVATIONS, PACKAGED, Models, derive, sources_of
 from mmfoundry.data.filters.account import COUNTED, IDENTITY_READ, Account, Judgement, account_of, judgement_of
 from mmfoundry.data.filters.base import Filter, PoolFilter
 from mmfoundry.data.filters.basic import Readable
 from mmfoundry.data.filters.examples import candidates_of
 from mmfoundry.data.filters.passes import Standing, columns_of, take_turns
-from mmfoundry.data.filters.plan import Plan, Step, Turn, plan_of, uid_operation
+from mmfoundry.data.filters.plan import Plan, Step, Turn, content_of, plan_of, uid_operation
 from mmfoundry.data.filters.subset import pairs_of_numbers
 from mmfoundry.data.parts import Part
 from mmfoundry.data.shard_names import Shard
@@ -73,6 +73,7 @@ class Judging:
         pool: digest of the pool and of how its columns are made.
         cache: where partials, states and verdicts lie.
         unique: whether it is taken that no uid comes twice, see `plan_of`; `is_unique` tells whether that was right.
+        models: what derived columns are made with.
     """
 
     steps: tuple[Step, ...]
@@ -80,6 +81,7 @@ class Judging:
     pool: str
     cache: TableCache
     unique: bool = False
+    models: Models = PACKAGED
 
     def __getstate__(self) -> dict[str, Any]:
         return {field.name: getattr(self, field.name) for field in fields(self)}
@@ -87,7 +89,7 @@ class Judging:
     @cached_property
     def plan(self) -> Plan:
         """What there is to do."""
-        return plan_of(self.steps, self.alone, self.unique)
+        return plan_of(self.steps, self.alone, self.unique, self.models)
 
     def is_unique(self) -> bool:
         """Whether no uid comes twice; known after the first pass."""
@@ -106,7 +108,10 @@ class Judging:
 
     def derived_path(self, plan: Plan, name: str, number: int, part: Part) -> Path:
         """What a derivation made of the rows of a part that reach an operation."""
-        return self.cache.path("derived", f"{name}-{plan.reach_key(number, self.pool)}", part.identity)
+        key = plan.reach_key(number, self.pool)
+        if files := DERIVATIONS[name].files(self.models):
+            key = key_of(key, *map(content_of, files))
+        return self.cache.path("derived", f"{name}-{key}", part.identity)
 
     def partial_path(self, plan: Plan, turn: Turn, part: Part) -> Path:
         """A part's partial of one round."""
@@ -354,7 +359,7 @@ def _write_rows(job: AccountJob, outputs: Path, standing: Standing, judgement: J
     asked = {name for name in job.columns if name not in (*IDENTITY_READ, "caption")}
     table = part.read(sources_of(asked) | set(IDENTITY_READ) | {"caption"})
     found = _dear_columns(job.judging, part, standing, asked, table)
-    rows = derive(table.with_columns(found).filter(judgement.pairs["keep"]), asked)
+    rows = derive(table.with_columns(found).filter(judgement.pairs["keep"]), asked, plan.models)
     named = pl.lit(part.name).alias("shard")
     order = ["uid", "key", "shard", "index", "caption_index", "caption", *sorted(asked & set(rows.columns))]
     write_parquet(rows.select(order).with_columns(named), outputs / "kept" / f"{part.number:05d}.parquet")
@@ -379,7 +384,8 @@ def _dear_columns(
                 values = judging.cache.get(judging.derived_path(plan, name, number, part))
             if values is None:  # deleted or altered since
                 makes = list(DERIVATIONS[name].makes)
-                values = derive(table if reached is None else table.filter(reached), makes).select(makes)
+                reaching = table if reached is None else table.filter(reached)
+                values = derive(reaching, makes, plan.models).select(makes)
             for series in values:
                 if series.name in asked:
                     whole = _on_all_rows(series, reached)

@@ -18,7 +18,7 @@ from pydantic import Field, field_validator, model_validator
 
 from mmfoundry.data.columns import COLUMNS, UID_NUMBERS, column_named, is_similarity, scorer_of
 from mmfoundry.data.decode import DecodeLimits
-from mmfoundry.data.derived.base import sources_of
+from mmfoundry.data.derived.base import Models, sources_of
 from mmfoundry.data.filter_jobs import Counted, Judging
 from mmfoundry.data.filters.account import Account
 from mmfoundry.data.filters.base import Filter
@@ -34,7 +34,7 @@ from mmfoundry.data.resharding import reshard
 from mmfoundry.data.table import Request, write_parquet
 from mmfoundry.data.table_cache import TableCache
 from mmfoundry.pipeline.artifact import Artifact, write_atomic
-from mmfoundry.pipeline.config import Neutral, ShardsRef, StageConfig
+from mmfoundry.pipeline.config import ArtifactRef, Neutral, ShardsRef, StageConfig
 from mmfoundry.pipeline.distributed import barrier
 from mmfoundry.pipeline.errors import MmfoundryError, UnknownColumn
 from mmfoundry.pipeline.registry import unknown
@@ -70,6 +70,11 @@ class FilterConfig(ScoringConfig, StageConfig):
         True,
         description="also judge each filter by itself, on the whole pool, for the account; false: only in sequence, so "
         "that what is dear (language, embeddings) is computed for nothing that an earlier filter dropped",
+    )
+    language_model: ArtifactRef | None = Field(
+        None,
+        description="fastText model that tells `language`: lid.176.bin, say, which DataComp takes; null: lid.176.ftz, "
+        "which is installed",
     )
     max_unreadable: float = Field(0.01, ge=0, le=1, description="fraction of samples; past it the stage stops")
     max_image_bytes: int = Field(64 << 20, gt=0, description="encoded size past which an image counts as unreadable")
@@ -189,7 +194,9 @@ def _on_tars(config: FilterConfig, context: RunContext) -> Artifact:
         parts = describe_shards(pool, request, cache, workers, unreadable)
         if config.scored():
             before = [] if config.alone else _before(steps, config.scored())
-            parts = score_shards(pool, parts, config.scored(), config.scoring(), request, cache, workers, before)
+            parts = score_shards(
+                pool, parts, config.scored(), config.scoring(), request, cache, workers, before, _models(context)
+            )
         truth = truth_of_pool(parts)
         judging, counted = _judge(config, context, steps, parts, cache, workers, bool(truth.height))
         if counted is None:
@@ -227,6 +234,10 @@ def _on_metadata(config: FilterConfig, context: RunContext, files: Sequence[Path
     return _finish(config, context, cache, began, funnel, unreadable.found.total())
 
 
+def _models(context: RunContext) -> Models:
+    return Models(language=context.inputs.get("language_model"))
+
+
 def _before(steps: Sequence[Step], scored: frozenset[str]) -> list[Step]:
     """The steps ahead of the first that reads what a model computes."""
     reads = (bool(sources_of(one.columns()) & scored) for _, one in steps)
@@ -257,7 +268,7 @@ def _judge(
     workers: Workers,
     truth: bool,
 ) -> tuple[Judging, list[Counted] | None]:
-    judging = Judging(tuple(steps), config.alone, pool_digest(parts), cache)
+    judging = Judging(tuple(steps), config.alone, pool_digest(parts), cache, models=_models(context))
     judging = run_passes(judging, parts, workers)
     columns = sorted(config.tree().columns() | config.outputs())
     of_tars = any(isinstance(part, TablePart) for part in parts)

@@ -14,6 +14,7 @@ from typing import Any, TypeVar
 
 import polars as pl
 
+from mmfoundry.data.derived.base import PACKAGED, Models
 from mmfoundry.data.executors import Executor, make_executor
 from mmfoundry.data.filter_jobs import (
     AccountJob,
@@ -169,6 +170,7 @@ def score_shards(
     cache: TableCache,
     workers: Workers,
     before: Sequence[Step] = (),
+    derived: Models = PACKAGED,
 ) -> list[TablePart]:
     """The parts with the columns that models compute; what is in the cache is not computed again.
 
@@ -181,12 +183,13 @@ def score_shards(
         cache: for the results.
         workers: who does it.
         before: steps that need no model: what they drop is not looked at, and has nulls.
+        derived: what derived columns of these steps are made with.
     """
     context = workers.context
     only: list[Path | None] = [None] * len(parts)
     before_key = ""
     if before:
-        judging = Judging(tuple(before), False, pool_digest(parts), cache)
+        judging = Judging(tuple(before), False, pool_digest(parts), cache, models=derived)
         before_key = judging.key
         judging = run_passes(judging, parts, workers)
         places = [cache.path("kept", before_key, part.identity) for part in parts]

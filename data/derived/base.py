@@ -5,6 +5,8 @@ A filter after others in a sequence sees few rows; the language of a caption tha
 
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
 from typing import ClassVar
 
 import polars as pl
@@ -13,8 +15,22 @@ from mmfoundry.data.column import Column
 from mmfoundry.pipeline.registry import Registry
 
 
+@dataclass(frozen=True)
+class Models:
+    """Files that derivations read in place of what is packaged.
+
+    Attributes:
+        language: a fastText model that tells languages.
+    """
+
+    language: Path | None = None
+
+
+PACKAGED = Models()
+
+
 class Derivation(ABC):
-    """A pure function of rows, each by itself."""
+    """A pure function of rows, each by itself, and of the models that it reads."""
 
     makes: ClassVar[Mapping[str, Column]]
     reads: ClassVar[frozenset[str]]  # may name columns that other derivations make
@@ -22,8 +38,13 @@ class Derivation(ABC):
 
     @staticmethod
     @abstractmethod
-    def compute(table: pl.DataFrame) -> dict[str, pl.Series]:
+    def compute(table: pl.DataFrame, models: Models = PACKAGED) -> dict[str, pl.Series]:
         """The columns of `makes` for a table that has `reads`, in its order; null where they cannot be told."""
+
+    @staticmethod
+    def files(models: Models) -> tuple[Path, ...]:
+        """The files among the models that `compute` reads: what it makes depends on their content."""
+        return ()
 
 
 DERIVATIONS: Registry[type[Derivation]] = Registry("derivation", package="mmfoundry.data.derived")
@@ -48,13 +69,22 @@ def sources_of(columns: Iterable[str]) -> frozenset[str]:
     return frozenset(found)
 
 
-def derive(table: pl.DataFrame, columns: Iterable[str]) -> pl.DataFrame:
+def files_of(columns: Iterable[str], models: Models) -> tuple[Path, ...]:
+    """The files that making these columns reads, each once."""
+    found: dict[Path, None] = {}
+    for column in sorted(columns):
+        if (maker := maker_of(column)) is not None:
+            found |= dict.fromkeys((*maker.files(models), *files_of(maker.reads, models)))
+    return tuple(found)
+
+
+def derive(table: pl.DataFrame, columns: Iterable[str], models: Models = PACKAGED) -> pl.DataFrame:
     """The table with these columns, computing the derived ones that it lacks."""
     for column in columns:
         maker = maker_of(column)
         if column in table.columns or maker is None:
             continue
-        table = derive(table, sorted(maker.reads))
-        made = {name: series for name, series in maker.compute(table).items() if name not in table.columns}
+        table = derive(table, sorted(maker.reads), models)
+        made = {name: series for name, series in maker.compute(table, models).items() if name not in table.columns}
         table = table.with_columns(**made)
     return table

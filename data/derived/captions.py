@@ -7,7 +7,7 @@ import numpy as np
 import polars as pl
 
 from mmfoundry.data.column import Column
-from mmfoundry.data.derived.base import DERIVATIONS, Derivation
+from mmfoundry.data.derived.base import DERIVATIONS, PACKAGED, Derivation, Models
 
 # a word of fastText: it splits at these characters alone
 _TOKEN = r"[^ \n\r\t\x0b\x0c\x00]+"
@@ -25,7 +25,7 @@ class CaptionLength(Derivation):
     reads = frozenset({"caption"})
 
     @staticmethod
-    def compute(table: pl.DataFrame) -> dict[str, pl.Series]:
+    def compute(table: pl.DataFrame, models: Models = PACKAGED) -> dict[str, pl.Series]:
         """Both counts; null without a caption."""
         captions = table["caption"]
         return {
@@ -48,7 +48,7 @@ class CaptionTokens(Derivation):
     reads = frozenset({"caption"})
 
     @staticmethod
-    def compute(table: pl.DataFrame) -> dict[str, pl.Series]:
+    def compute(table: pl.DataFrame, models: Models = PACKAGED) -> dict[str, pl.Series]:
         """The count; null without a caption."""
         captions = table["caption"]
         tokens = captions.str.count_matches(_TOKEN) + captions.str.count_matches("\n", literal=True)

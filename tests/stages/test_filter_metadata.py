@@ -22,6 +22,7 @@ from mmfoundry.pipeline.errors import MmfoundryError, TooManyUnreadable, Unknown
 from mmfoundry.pipeline.stage import run_stage
 from mmfoundry.stages import filter_passes
 from mmfoundry.stages.filter import STAGE, FilterConfig
+from tests.data.derived.small_fasttext import write_model
 
 ROWS, FILES = 120, 3
 TREE = {"all": ["basic", {"clip_score": {"top": 0.5, "model": "l14"}}]}
@@ -105,15 +106,35 @@ def test_how_the_pool_is_cut_changes_nothing(pool: Path, tmp_path: Path, monkeyp
     assert (cut.path / "funnel.json").read_bytes() == (whole.path / "funnel.json").read_bytes()
 
 
+@pytest.mark.parametrize("num_workers", [1, 2])
+def test_a_language_model_of_the_users_own(pool: Path, tmp_path: Path, num_workers: int) -> None:
+    """Its guesses count, and those of another model are not taken for them."""
+    changes = {"num_workers": num_workers, "cache_dir": str(tmp_path / "cache"), "filters": {"basic": {}}}
+
+    def captions(output: str, **more: Any) -> set[str]:
+        made = run(pool, tmp_path / output, **changes, **more)
+        kept = pl.read_parquet(made.path / "kept" / "*.parquet")
+        assert set(kept["language"]) == {"en"}
+        return set(kept["caption"])
+
+    english, german = "a dog runs along the beach", "ein Hund läuft am Strand entlang"
+    assert captions("packaged") == {english}
+    model = write_model(tmp_path / "lid.bin", {"dog": "de", "Hund": "en"})
+    assert captions("own", language_model=str(model)) == {german}
+    write_model(model, {"dog": "en", "Hund": "en"})
+    assert captions("own", language_model=str(model)) == {english, german}
+    assert "language_model" in Artifact.open(tmp_path / "own").manifest.inputs
+
+
 @pytest.fixture
 def looked_at(monkeypatch: pytest.MonkeyPatch) -> list[int]:
     """How many captions each call to the language model was about."""
     counts: list[int] = []
     real = language._guesses
 
-    def counting(captions: Any) -> Any:
+    def counting(captions: Any, *model: Any) -> Any:
         counts.append(len(captions))
-        return real(captions)
+        return real(captions, *model)
 
     monkeypatch.setattr(language, "_guesses", counting)
     return counts

@@ -1,10 +1,14 @@
 """data/derived/language.py against fastText and CLD3 themselves, called as DataComp calls them."""
 
+from pathlib import Path
+
 import polars as pl
 import pytest
 
+from mmfoundry.data.derived.base import Models, derive, files_of
 from mmfoundry.data.derived.language import Cld3Language, Language, _cld3, _fasttext, languages_of
-from mmfoundry.pipeline.errors import MissingInput
+from mmfoundry.pipeline.errors import DamagedInput, MissingInput
+from tests.data.derived.small_fasttext import write_model
 
 CAPTIONS = (
     "a dog that runs on the beach",
@@ -34,6 +38,26 @@ def test_fasttexts_first_guess() -> None:
         assert probability == pytest.approx(min(scores[0], 1.0), abs=1e-6)
     assert made["language"][:3].to_list() == ["en", "de", "fr"]
     assert made["language"][4] == "en", "the model's prior, which DataComp's code takes for English as well"
+
+
+def test_a_model_of_the_users_own(tmp_path: Path) -> None:
+    """Who has lid.176.bin gets DataComp's own guesses."""
+    models = Models(write_model(tmp_path / "lid.bin", {"dog": "de", "Hund": "en", "chien": "fr"}))
+    made = derive(TABLE[:3], ["language"], models)
+    assert made["language"].to_list() == ["de", "en", "fr"]
+    assert made["language_probability"].to_list() == pytest.approx([1.0] * 3, abs=0.01)
+    assert derive(TABLE[:3], ["language"])["language"].to_list() == ["en", "de", "fr"]
+    assert files_of(["language_probability", "caption_words"], models) == (models.language,)
+    assert files_of(["caption_words"], models) == ()
+
+
+def test_a_model_that_is_none(tmp_path: Path) -> None:
+    with pytest.raises(MissingInput, match=r"language_model: .*lid\.bin is no file"):
+        derive(TABLE, ["language"], Models(tmp_path / "lid.bin"))
+    for content in (b"", b"no model at all", b"\xba\x16\x4f\x2f" + b"\x0c" * 40):
+        (tmp_path / "lid.bin").write_bytes(content)
+        with pytest.raises(DamagedInput, match=r"lid\.bin is no model of fastText"):
+            derive(TABLE, ["language"], Models(tmp_path / "lid.bin"))
 
 
 def test_text_that_is_no_unicode() -> None:
