@@ -13,6 +13,7 @@ from mmfoundry.data.hamming import pairs_that_pass, stay_in_turn
 from mmfoundry.data.uids import high_low, mixed
 
 NUM_HASHES = 64
+_PAIRS_AT_ONCE = 1 << 18  # whose signatures are compared
 _WORD = re.compile(r"\w+")
 _CAPTION = ("high", "low", "caption_index")
 
@@ -43,15 +44,20 @@ class CaptionNearDuplicate(PoolFilter):
         return rows.select(_CAPTION).with_columns(signature=pl.Series(found, dtype=dtype)).unique()
 
     def merge(self, partials: Sequence[pl.LazyFrame], states: Sequence[pl.DataFrame]) -> pl.DataFrame:
-        """The captions that are dropped."""
-        tables = [partial.collect() for partial in partials]
-        names = pl.concat([table.select(_CAPTION) for table in tables])
-        found = np.concatenate([_as_array(table["signature"]) for table in tables])
-        order = np.lexsort((*found.T[:4], *(names[name].to_numpy() for name in reversed(_CAPTION))))
-        names, found = names[order], found[order]
-        first = names.select(pl.struct(_CAPTION).is_first_distinct()).to_series()  # not so for two samples of one uid
-        names, found = names.filter(first), found[first.to_numpy()]
-        return names.filter(pl.Series(~_stays(found, self.min_similarity)))
+        """The captions that are dropped.
+
+        Memory: 60 bytes a caption, and 128 of each that has a signature of its own.
+        """
+        names, mark = _named(partials)
+        order = np.lexsort((mark, *(names[name].to_numpy() for name in reversed(_CAPTION))))
+        ordered = names[order]
+        # not so for two samples of one uid, which have names in common
+        order = order[ordered.select(pl.struct(_CAPTION).is_first_distinct()).to_series().to_numpy()]
+        first = np.sort(np.unique(mark[order], return_index=True)[1])  # later rows of an equal signature never stay
+        rows = _signatures_at(partials, order[first], len(mark))
+        stays = np.zeros(len(order), bool)
+        stays[first] = _stays(rows, self.min_similarity)
+        return names[order[~stays]]
 
     def judge(self, table: pl.DataFrame, states: Sequence[pl.DataFrame], partials: Sequence[pl.DataFrame]) -> pl.Series:
         """True for captions that stay; null without a caption."""
@@ -108,21 +114,51 @@ def _grams(captions: Sequence[str], words: int) -> tuple[np.ndarray, np.ndarray]
     return grams, np.cumsum(counts) - counts
 
 
-def _stays(found: np.ndarray, min_similarity: float) -> np.ndarray:
-    """Which rows stay: uint16 (n, 64), in order of precedence -> bool (n,)."""
-    stays = np.zeros(len(found), bool)
-    if not len(found):
-        return stays
-    mark = mixed(*np.ascontiguousarray(found).view(np.uint64).T)
-    first = np.sort(np.unique(mark, return_index=True)[1])  # later rows of an equal signature never stay
-    rows = np.ascontiguousarray(found[first])
+def _named(partials: Sequence[pl.LazyFrame]) -> tuple[pl.DataFrame, np.ndarray]:
+    """The names of all captions, and a number for each that is equal for equal signatures: uint64 (n,)."""
+    names, marks = [], []
+    for partial in partials:
+        table = partial.collect()
+        names.append(table.select(_CAPTION))
+        marks.append(mixed(*_as_array(table["signature"]).view(np.uint64).T))
+    return pl.concat(names), np.concatenate(marks)
+
+
+def _signatures_at(partials: Sequence[pl.LazyFrame], wanted: np.ndarray, count: int) -> np.ndarray:
+    """The signatures of some of all `count` captions.
+
+    Args:
+        partials: gone through one by one.
+        wanted: rows of the partials put together, in the order in which they are wanted.
+        count: rows of the partials put together.
+    Returns:
+        uint16 (len(wanted), 64).
+    """
+    place = np.full(count, -1, np.int64)
+    place[wanted] = np.arange(len(wanted))
+    rows, start = np.empty((len(wanted), NUM_HASHES), np.uint16), 0
+    for partial in partials:
+        found = _as_array(partial.select("signature").collect().to_series())
+        here = place[start : start + len(found)]
+        rows[here[here >= 0]] = found[here >= 0]
+        start += len(found)
+    return rows
+
+
+def _stays(rows: np.ndarray, min_similarity: float) -> np.ndarray:
+    """Which of different signatures stay: uint16 (n, 64), in order of precedence -> bool (n,)."""
+    if not len(rows):
+        return np.zeros(0, bool)
+
+    def similar(one: np.ndarray, other: np.ndarray) -> np.ndarray:
+        passed = np.empty(len(one), bool)
+        for start in range(0, len(one), _PAIRS_AT_ONCE):
+            some = slice(start, start + _PAIRS_AT_ONCE)
+            passed[some] = (rows[one[some]] == rows[other[some]]).sum(axis=1) >= min_similarity * NUM_HASHES
+        return passed
+
     bands = rows.view(np.uint64).T  # 16 of four hashes: of pairs with a similarity of 0.8, 1 in 5,000 is missed
-    pairs = pairs_that_pass(
-        (mixed(band) for band in bands),
-        lambda one, other: (rows[one] == rows[other]).sum(axis=1) >= min_similarity * NUM_HASHES,
-    )
-    stays[first] = stay_in_turn(len(first), pairs)
-    return stays
+    return stay_in_turn(len(rows), pairs_that_pass((mixed(band) for band in bands), similar))
 
 
 def _as_array(column: pl.Series) -> np.ndarray:
