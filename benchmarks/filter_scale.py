@@ -1,13 +1,13 @@
 """How time and memory of the `filter` stage grow with the pool: drawn DataComp metadata, 1 to 10 million rows.
 
     python benchmarks/filter_scale.py [--quick] [--json PATH] [--rows 1e6 2e6 ...] [--workers 2] [--work FOLDER]
-                                      [--plot PATH]
+                                      [--plot PATH] [--filters TREE]
 
 Each run is the whole stage in a process of its own, as a user starts it: repeated uids, DataComp's basic filtering with
 fastText's language, and the best 30% by CLIP score of what is left; out come the subset, the kept rows and the account.
 Memory is that of all processes together, shared pages counted once (PSS), looked at every tenth of a second; it is held
 against the 4 GB that ten million rows may take. Seconds a million rows say whether time grows in line: the last row
-compares the largest pool with the smallest.
+compares the largest pool with the smallest. `--filters` measures another tree, e.g. caption_near_duplicate.
 
 Pools lie in `--work` (git ignores it) and are drawn once.
 """
@@ -28,6 +28,7 @@ from pathlib import Path
 from typing import Any
 
 import psutil
+import yaml
 
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
@@ -35,13 +36,7 @@ FULL = (1_000_000, 2_000_000, 5_000_000, 10_000_000)
 QUICK = (50_000, 100_000, 200_000)
 LIMIT_GB = 4.0
 _ROWS_PER_FILE = 250_000
-_CONFIG = """\
-pool: {pool}
-filters: {{all: [basic, clip_score: {{model: l14, top: 0.3}}]}}
-alone: false
-max_unreadable: 0.1
-num_workers: {workers}
-"""
+TREE = "{all: [basic, clip_score: {model: l14, top: 0.3}]}"
 
 
 @dataclass(frozen=True)
@@ -62,13 +57,14 @@ def main(arguments: Sequence[str] | None = None) -> list[dict[str, Any]]:
     parser.add_argument("--rows", type=float, nargs="+", help="sizes of the pools")
     parser.add_argument("--workers", type=int, default=2, help="processes of the stage")
     parser.add_argument("--work", type=Path, default=ROOT / "runs" / "benchmark-filter-scale", help="folder for pools")
+    parser.add_argument("--filters", default=TREE, metavar="TREE", help="YAML (default: %(default)s)")
     parser.add_argument("--plot", type=Path, help="also draw seconds and memory over rows, as SVG")
     options = parser.parse_args(arguments)
     sizes = [int(rows) for rows in options.rows or (QUICK if options.quick else FULL)]
     measured = []
     print(f"{'rows':>12} {'seconds':>9} {'s / million':>12} {'peak GB':>8} {'kept':>10}")
     for rows in sizes:
-        one = run(pool_of(options.work, rows), options.work, rows, options.workers)
+        one = run(pool_of(options.work, rows), options.work, rows, options.workers, options.filters)
         measured.append(one)
         per_million = one.seconds / rows * 1e6
         print(f"{rows:>12,} {one.seconds:>9.1f} {per_million:>12.2f} {one.peak_gb:>8.2f} {one.kept:>10,}", flush=True)
@@ -106,8 +102,15 @@ def pool_of(work: Path, rows: int) -> Path:
     return folder
 
 
-def run(pool: Path, work: Path, rows: int, workers: int) -> Measured:
+def run(pool: Path, work: Path, rows: int, workers: int, filters: str = TREE) -> Measured:
     """Filter a pool, with nothing kept from before.
+
+    Args:
+        pool: folder of metadata.
+        work: folder for config, log and outputs.
+        rows: of the pool.
+        workers: processes of the stage.
+        filters: a tree as YAML.
 
     Raises:
         SystemExit: the stage failed; what it said is in `stage.log`.
@@ -116,7 +119,10 @@ def run(pool: Path, work: Path, rows: int, workers: int) -> Measured:
     for left_over in (output, work / "output.cache"):
         shutil.rmtree(left_over, ignore_errors=True)
     config = work / "filter.yaml"
-    config.write_text(_CONFIG.format(pool=pool, workers=workers), encoding="utf-8")
+    tree = yaml.safe_load(filters)
+    settings = {"pool": str(pool), "filters": tree if isinstance(tree, dict) else {tree: None}}
+    settings |= {"alone": False, "max_unreadable": 0.1, "num_workers": workers}
+    config.write_text(yaml.safe_dump(settings), encoding="utf-8")
     code = "from mmfoundry.launch.cli import main; main()"
     environment = os.environ | {"HF_HUB_OFFLINE": "1"}
     began = time.perf_counter()
