@@ -6,7 +6,7 @@ of large groups; of many it is 2, which takes many sorts of small ones (Norouzi 
 space with multi-index hashing", spend the same by flipping bits).
 """
 
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from itertools import combinations
 
 import numpy as np
@@ -69,11 +69,20 @@ def near_pairs(hashes: np.ndarray, radius: int, agreeing: int | None = None) -> 
     agreeing = min(agreeing, hashes.shape[1] * 8 - radius)
     words = _as_words(hashes)
     bands = [_band(words, hashes.shape[1] * 8, radius + agreeing, band) for band in range(radius + agreeing)]
-    keys = (
-        bands[some[0]].astype(np.uint64) if agreeing == 1 else _joined([bands[one] for one in some])
-        for some in combinations(range(len(bands)), agreeing)
-    )
-    return pairs_that_pass(keys, lambda one, other: within(words, one, other, radius))
+    return pairs_that_pass(keys_of(bands, agreeing), lambda one, other: within(words, one, other, radius))
+
+
+def keys_of(bands: Sequence[np.ndarray], agreeing: int) -> Iterator[np.ndarray]:
+    """A key for each choice of `agreeing` bands; rows that agree in so many of them share one.
+
+    Args:
+        bands: each uint32 (n,).
+        agreeing: 1 or more.
+    Returns:
+        Each uint64 (n,).
+    """
+    for some in combinations(bands, agreeing):
+        yield some[0].astype(np.uint64) if agreeing == 1 else _joined(some)
 
 
 def pairs_that_pass(keys: Iterable[np.ndarray], test: PairTest) -> np.ndarray:
@@ -154,7 +163,7 @@ def _band(words: np.ndarray, bits: int, bands: int, band: int) -> np.ndarray:
     return (key if len(places) <= 32 else mixed(key) >> np.uint64(32)).astype(np.uint32)
 
 
-def _joined(bands: list[np.ndarray]) -> np.ndarray:
+def _joined(bands: Sequence[np.ndarray]) -> np.ndarray:
     if len(bands) == 2:
         return bands[0].astype(np.uint64) << np.uint64(32) | bands[1]
     return mixed(*bands)

@@ -4,9 +4,11 @@ import re
 
 import numpy as np
 import polars as pl
+import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from mmfoundry.data.filters import minhash
 from mmfoundry.data.filters.minhash import NUM_HASHES, CaptionNearDuplicate, signatures
 from tests.data.filters.cutting import assert_cuts_do_not_matter
 from tests.data.filters.rows import table, uid
@@ -62,17 +64,21 @@ def pools(draw: st.DrawFn) -> pl.DataFrame:
 
 
 @settings(max_examples=40, deadline=None)
-@given(st.data(), pools())
-def test_verdicts_follow_from_signatures_in_the_order_of_uids(data: st.DataObject, rows: pl.DataFrame) -> None:
-    """All pairs are compared here: bands miss too few of them to be seen."""
-    one = CaptionNearDuplicate(min_similarity=0.7)
-    found = assert_cuts_do_not_matter(one, rows, data)
+@given(st.data(), pools(), st.sampled_from([0.1, 0.5, 0.7, 0.75, 1.0]), st.booleans())
+def test_verdicts_follow_from_signatures_in_the_order_of_uids(
+    data: st.DataObject, rows: pl.DataFrame, similarity: float, many: bool
+) -> None:
+    """All pairs are compared here, and with few bands or many none may be missed."""
+    one = CaptionNearDuplicate(min_similarity=similarity)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(minhash, "_MANY", 0 if many else 1000)
+        found = assert_cuts_do_not_matter(one, rows, data)
     captions = rows.with_row_index("row").drop_nulls("caption").sort("uid", "caption_index")
     hashes = signatures(captions["caption"].to_list(), 3)
     expected: list[bool | None] = [None] * rows.height
     kept: list[int] = []
     for number, row in enumerate(captions["row"].to_list()):
-        expected[row] = all((hashes[number] == hashes[other]).mean() < 0.7 for other in kept)
+        expected[row] = all((hashes[number] == hashes[other]).mean() < similarity for other in kept)
         kept += [number] if expected[row] else []
     assert found == expected
 
