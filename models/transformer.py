@@ -196,8 +196,6 @@ class Encoder(nn.Module):
     def last_of_each(self, x_TD: Tensor, packing: Packing, *, is_causal: bool = False) -> Tensor:
         """`pooled` of packed sequences, each read at its last token; (b, D)."""
         row_b = packing.cu_seqlens[1:] - 1
-        if len(self.layers) == 0:
-            return x_TD[row_b]
         x_TD = self(x_TD, is_causal=is_causal, num_layers=len(self.layers) - 1, packing=packing)
         return self.layers[-1](x_TD, is_causal=is_causal, row_b=row_b, packing=packing)
 
