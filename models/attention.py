@@ -147,36 +147,36 @@ def kernels_take(dtype: torch.dtype, head_dim: int) -> bool:
 
 
 def torch_has_varlen() -> bool:
-    """Whether torch brings its own kernel: since 2.12 with its present arguments, in builds with flash attention."""
+    """Whether torch brings its own kernel: from 2.12 on with these arguments, in CUDA builds with flash attention."""
     try:
         from torch.nn.attention.varlen import varlen_attn
     except ImportError:
         return False
     takes = inspect.signature(varlen_attn).parameters
-    return "window_size" in takes and torch.backends.cuda.is_flash_attention_available()
+    return "window_size" in takes and torch.backends.cuda.is_flash_attention_available() and torch.version.hip is None
+
+
+def varlen_ends(q_Thd: Tensor, k_Shd: Tensor, packing: Packing) -> tuple[Tensor, Tensor, int, int]:
+    """`cu_seqlens` of queries and of keys, then `max_seqlen` of both: what each kernel takes behind the values."""
+    cu_seqlens, longest = packing.cu_seqlens, packing.max_seqlen
+    if len(q_Thd) == len(k_Shd):
+        return cu_seqlens, cu_seqlens, longest, longest
+    return torch.arange(len(cu_seqlens), dtype=torch.int32, device=cu_seqlens.device), cu_seqlens, 1, longest
 
 
 def _by_torch(q_Thd: Tensor, k_Shd: Tensor, v_Shd: Tensor, packing: Packing, is_causal: bool) -> Tensor:
     from torch.nn.attention.varlen import varlen_attn
 
     window = (-1, 0) if is_causal else (-1, -1)  # how many keys before and behind a query's own; -1: all
-    found: Any = varlen_attn(q_Thd, k_Shd, v_Shd, *_ends(q_Thd, k_Shd, packing), window_size=window)
+    found: Any = varlen_attn(q_Thd, k_Shd, v_Shd, *varlen_ends(q_Thd, k_Shd, packing), window_size=window)
     return found
 
 
 def _by_flash_attn(q_Thd: Tensor, k_Shd: Tensor, v_Shd: Tensor, packing: Packing, is_causal: bool) -> Tensor:
     from flash_attn import flash_attn_varlen_func
 
-    found: Tensor = flash_attn_varlen_func(q_Thd, k_Shd, v_Shd, *_ends(q_Thd, k_Shd, packing), causal=is_causal)
+    found: Tensor = flash_attn_varlen_func(q_Thd, k_Shd, v_Shd, *varlen_ends(q_Thd, k_Shd, packing), causal=is_causal)
     return found
-
-
-def _ends(q_Thd: Tensor, k_Shd: Tensor, packing: Packing) -> tuple[Tensor, Tensor, int, int]:
-    """`cu_seqlens` of queries and keys and `max_seqlen` of both, as both kernels take them in their places 4 to 7."""
-    cu_seqlens, longest = packing.cu_seqlens, packing.max_seqlen
-    if len(q_Thd) == len(k_Shd):
-        return cu_seqlens, cu_seqlens, longest, longest
-    return torch.arange(len(cu_seqlens), dtype=torch.int32, device=cu_seqlens.device), cu_seqlens, 1, longest
 
 
 def _by_sdpa(q_Thd: Tensor, k_Shd: Tensor, v_Shd: Tensor, packing: Packing, is_causal: bool) -> Tensor:

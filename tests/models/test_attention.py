@@ -20,6 +20,7 @@ from mmfoundry.models.attention import (
     kernels_take,
     torch_has_varlen,
     varlen_attention,
+    varlen_ends,
     varlen_kernel,
 )
 
@@ -131,6 +132,14 @@ def test_a_packing_is_as_the_kernels_want_it() -> None:
     for lengths in ([], [3, 0]):
         with pytest.raises(ValueError, match="each packed sequence has a token or more"):
             Packing.of(lengths, CPU)
+
+
+def test_where_queries_and_keys_end() -> None:
+    packing, keys = Packing.of([2, 5, 1], CPU), torch.zeros(8, 3, 8)
+    for queries, of_queries, longest in (keys, [0, 2, 7, 8], 5), (keys[:3], [0, 1, 2, 3], 1):
+        q_ends, k_ends, *maxima = varlen_ends(queries, keys, packing)
+        assert q_ends.dtype == k_ends.dtype == torch.int32
+        assert (q_ends.tolist(), k_ends.tolist(), maxima) == (of_queries, [0, 2, 7, 8], [longest, 5])
 
 
 def test_refuses_queries_that_belong_to_no_sequence() -> None:
