@@ -117,7 +117,7 @@ def main() -> None:
     rows = []
     print_header(WORK_WIDTH, note=f"   ({model})")
     for row in (
-        row for size in sizes for row in measure(model, size, arguments.steps or (3 if arguments.quick else 8))
+        row for size in sizes for row in measure(model, size, arguments.steps or (2 if arguments.quick else 6))
     ):
         print_row(row, WORK_WIDTH)
         rows.append(row)
