@@ -7,6 +7,7 @@ count, nor does what is computed twice to save memory.
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -67,8 +68,10 @@ def clip_work(model: CLIP) -> Callable[[Mapping[str, Any]], Work]:
     def work(batch: Mapping[str, Any]) -> Work:
         rows, length = batch["text"].shape
         groups = [(rows, length)]
-        if model.text_model.groups > 1:
-            groups = length_groups((end_of_text(batch["text"]) + 1).tolist(), model.text_model.groups)
+        if model.text_model.packed or model.text_model.groups > 1:
+            lengths = (end_of_text(batch["text"]) + 1).tolist()
+            packed = [(count, each) for each, count in Counter(lengths).items()]
+            groups = packed if model.text_model.packed else length_groups(lengths, model.text_model.groups)
         text = sum(count * text_flops(config, longest) for count, longest in groups)
         text *= FORWARD_AND_BACKWARD if trains_text else 1
         tokens = rows * positions + sum(count * longest for count, longest in groups)

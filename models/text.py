@@ -12,10 +12,11 @@ import torch
 from pydantic import Field, model_validator
 from torch import Tensor, nn
 
+from mmfoundry.models.attention import Packing
 from mmfoundry.models.transformer import ActivationConfig, Encoder, NormConfig, activation_of
 from mmfoundry.pipeline.config import Config
 
-# Shape suffixes: b = batch, L = positions of a caption, D = width of the tower
+# Shape suffixes: b = batch, L = positions of a caption, D = width of the tower, T = tokens of all captions
 
 
 class TokenizerConfig(Config):
@@ -82,10 +83,11 @@ class TextEmbeddings(nn.Module):
         self.token_embedding = nn.Embedding(config.vocab_size, config.width)
         self.position_embedding = nn.Embedding(config.context_length, config.width)
 
-    def forward(self, tokens_bL: Tensor) -> Tensor:
-        """Embed token ids; (b, L, D)."""
-        position_L = torch.arange(tokens_bL.shape[1], device=tokens_bL.device)
-        return self.token_embedding(tokens_bL) + self.position_embedding(position_L)
+    def forward(self, tokens_bL: Tensor, position_bL: Tensor | None = None) -> Tensor:
+        """Embed token ids at these positions, any shape (default: row by row, from 0); that shape and D."""
+        if position_bL is None:
+            position_bL = torch.arange(tokens_bL.shape[1], device=tokens_bL.device)
+        return self.token_embedding(tokens_bL) + self.position_embedding(position_bL)
 
 
 class TextTower(nn.Module):
@@ -96,6 +98,7 @@ class TextTower(nn.Module):
         super().__init__()
         self.config = config
         self.groups = 1  # of captions of like length, which go through the tower one group after the other
+        self.packed = False  # captions go through the tower one after another, without padding, in place of groups
         eps = config.norm_kwargs.eps
         activation = activation_of(quick_gelu, config.act_kwargs)
         self.embeddings = TextEmbeddings(config)
@@ -123,6 +126,8 @@ class TextTower(nn.Module):
             if length < limit:
                 raise ValueError(f"captions of {length} tokens, but this tower reads their padding: pad to {limit}")
             return self._read(tokens_bL)
+        if self.packed and len(tokens_bL):
+            return self._read_packed(tokens_bL)
         if self.groups > 1 and len(tokens_bL) > 1:
             return self._by_length(tokens_bL)
         if tokens_bL.device.type == "cpu":  # on a GPU the length would have to be waited for: the loader trims there
@@ -138,8 +143,20 @@ class TextTower(nn.Module):
         if self.config.pool_type == "last":
             row_b = torch.full_like(row_b, tokens_bL.shape[1] - 1)
         causal = not self.config.no_causal_mask
-        hidden_bD = self.final_layer_norm(self.encoder.pooled(self.embeddings(tokens_bL), row_b, is_causal=causal))
+        return self._finished(self.encoder.pooled(self.embeddings(tokens_bL), row_b, is_causal=causal))
+
+    def _finished(self, hidden_bD: Tensor) -> Tensor:
+        hidden_bD = self.final_layer_norm(hidden_bD)
         return hidden_bD if self.head is None else self.head(hidden_bD)
+
+    def _read_packed(self, tokens_bL: Tensor) -> Tensor:
+        """What `_read` gives, captions laid one after another, shortest first, so that equal lengths are neighbours."""
+        lengths_b, order_b = (end_of_text(tokens_bL) + 1).sort(stable=True)
+        packing = Packing.of(lengths_b.tolist(), tokens_bL.device)  # waits for the device, if there is one
+        row_T = torch.repeat_interleave(lengths_b, output_size=sum(packing.lengths))
+        position_T = torch.arange(len(row_T), device=row_T.device) - packing.cu_seqlens[row_T]
+        hidden_TD = self.embeddings(tokens_bL[order_b[row_T], position_T], position_T)
+        return self._finished(self.encoder.last_of_each(hidden_TD, packing, is_causal=True))[order_b.argsort()]
 
     def _by_length(self, tokens_bL: Tensor) -> Tensor:
         """What `_read` gives, captions of like length together, each group cut behind its longest."""

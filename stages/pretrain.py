@@ -164,6 +164,9 @@ class PretrainConfig(StageConfig):
     text_groups: int = Field(
         1, ge=1, description="groups of captions of like length, which go through the text tower one by one; 4 is good"
     )
+    text_packing: bool = Field(
+        False, description="captions go through the text tower one after another without padding; in place of groups"
+    )
     soup: SoupConfig | None = Field(None, description="a mean of checkpoints, left in soup/; None: none")
     eval: EvaluationConfig | None = Field(
         None, description="what is measured every trainer.eval_steps steps, on all ranks; `eval/...` in the log"
@@ -186,6 +189,8 @@ class PretrainConfig(StageConfig):
         if self.soup is not None and self.soup.checkpoints > self.trainer.keep_checkpoints:
             raise ValueError(f"soup.checkpoints wants trainer.keep_checkpoints to be {self.soup.checkpoints} or more")
         self._consistent_objectives()
+        if self.text_packing and self.text_groups > 1:
+            raise ValueError("text_packing leaves no padding for text_groups to spare: give one of them")
         if self.initial_towers != "both" and self.initial is None:
             raise ValueError("initial_towers says which towers of initial are taken, which is not given")
         for tower, unlocked in (("image", "lock_image_unlocked_groups"), ("text", "lock_text_unlocked_layers")):
@@ -219,6 +224,7 @@ def check_open_clip(config: PretrainConfig, model: OpenClipConfig) -> None:
     model.check_tokenizer()
     asked = {
         "text_groups": config.text_groups > 1,
+        "text_packing": config.text_packing,
         "initial_towers": config.initial_towers != "both",
         "lock_image": config.lock_image,
         "lock_text": config.lock_text,
@@ -268,9 +274,10 @@ def run(config: PretrainConfig, context: RunContext) -> Artifact:
         keep_freed_memory()
     model, seed = _model(config, context)
     if isinstance(model, CLIP):
-        if config.text_groups > 1 and model.config.text_cfg.reads_padding:
-            raise ConfigError("text_groups: the model reads its padding, so captions cannot be cut: leave it at 1")
-        model.text_model.groups = config.text_groups
+        for key, default in (("text_groups", 1), ("text_packing", False)):
+            if getattr(config, key) != default and model.config.text_cfg.reads_padding:
+                raise ConfigError(f"{key}: the model reads its captions' padding, so they cannot be cut: leave it out")
+        model.text_model.groups, model.text_model.packed = config.text_groups, config.text_packing
     loader = Loader(
         sources_of(config.data, open_pools(config.data, config.loader, context)),
         batch_size=config.trainer.samples_per_fetch(runtime.world_size),

@@ -167,8 +167,10 @@ def test_prompts_are_not_cut(trained: Artifact) -> None:
 
 
 def test_what_is_refused(place: Path, tmp_path: Path) -> None:
-    with pytest.raises(ConfigError, match="text_groups: the model reads its padding"):
-        run_stage(PRETRAIN, parse(PretrainConfig, tree(place, text_groups=2)), tmp_path / "groups", init_runtime())
+    for key, value in ("text_groups", 2), ("text_packing", True):
+        config = parse(PretrainConfig, tree(place, **{key: value}))
+        with pytest.raises(ConfigError, match=f"{key}: the model reads its captions' padding"):
+            run_stage(PRETRAIN, config, tmp_path / key, init_runtime())
     siglip_folder(tmp_path / "wordless")
     (tmp_path / "wordless" / "tokenizer.json").unlink()
     config = parse(PretrainConfig, tree(place, initial=str(tmp_path / "wordless")))
