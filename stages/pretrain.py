@@ -35,7 +35,7 @@ from mmfoundry.pipeline.trainer import train
 from mmfoundry.pipeline.trainer_config import TrainerConfig
 from mmfoundry.stages.averages import SoupConfig, write_ema, write_soup
 from mmfoundry.stages.captions import tokenizer_of
-from mmfoundry.stages.evaluations import EvaluationConfig, while_training
+from mmfoundry.stages.evaluations import EvaluationConfig, as_clip, check_eval_steps, while_training
 
 SKIP_LOG = "skipped.jsonl"
 PHASE = "train"
@@ -181,8 +181,7 @@ class PretrainConfig(StageConfig):
             raise ValueError(
                 "give either model (to start from random weights) or initial (to go on from a trained CLIP)"
             )
-        if (self.eval is not None) != (self.trainer.eval_steps > 0):
-            raise ValueError("eval and trainer.eval_steps go together; only one of them is given")
+        check_eval_steps(self.eval, self.trainer)
         if self.soup is not None and self.soup.checkpoints > self.trainer.keep_checkpoints:
             raise ValueError(f"soup.checkpoints wants trainer.keep_checkpoints to be {self.soup.checkpoints} or more")
         self._consistent_objectives()
@@ -295,7 +294,7 @@ def run(config: PretrainConfig, context: RunContext) -> Artifact:
         context=context,
         phase=PHASE,
         metrics=lambda: data_metrics(loader),
-        evaluate=None if config.eval is None else while_training(config.eval, context, "eval."),
+        evaluate=None if config.eval is None else while_training(config.eval, context, "eval.", as_clip),
         work=clip_work(model) if isinstance(model, CLIP) else None,
         param_groups=clip_param_groups(
             model,
