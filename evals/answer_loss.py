@@ -1,6 +1,7 @@
 """Held-out loss of a vision-language model: how well it foresees answers that it was not tuned on."""
 
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from typing import ClassVar, Literal
 
 import numpy as np
@@ -49,11 +50,11 @@ class AnswerLoss(EvalTask):
             before = {"loss": nats / tokens, "token_accuracy": right / tokens}
         nats_n, tokens_n, right_n = scored.T
         rows = []
-        for metric, sums, unit in (("loss", nats_n, "nats"), ("token_accuracy", right_n, "share")):
+        for metric, sums in (("loss", nats_n), ("token_accuracy", right_n)):
             estimate = bootstrap(ratio_of_sums(sums, tokens_n), len(talks), seed=bench.seed)
             untrained = None if before is None else float(before[metric])
-            rows.append(Row.of(name, f"{name}_{metric}", estimate, unit=unit, untrained=untrained))  # type: ignore[arg-type]
-        return TaskResult(rows)
+            rows.append(Row.of(name, f"{name}_{metric}", estimate, untrained=untrained))
+        return TaskResult([replace(rows[0], unit="nats"), rows[1]])
 
 
 def read_conversations(

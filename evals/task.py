@@ -84,16 +84,9 @@ class Row:
     unit: Literal["share", "nats"] = "share"
 
     @classmethod
-    def of(
-        cls,
-        task: str,
-        metric: str,
-        estimate: Estimate,
-        unit: Literal["share", "nats"] = "share",
-        **baselines: float | None,
-    ) -> "Row":
+    def of(cls, task: str, metric: str, estimate: Estimate, **baselines: float | None) -> "Row":
         """A row from an estimate and any of `chance`, `untrained`, `constant`."""
-        return cls(task, metric, estimate.value, estimate.low, estimate.high, estimate.n, unit=unit, **baselines)
+        return cls(task, metric, estimate.value, estimate.low, estimate.high, estimate.n, **baselines)
 
     def shown(self) -> str:
         """The value as people read it."""
