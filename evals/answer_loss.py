@@ -5,8 +5,6 @@ from dataclasses import replace
 from typing import ClassVar, Literal
 
 import numpy as np
-import torch
-import torch.distributed as dist
 from numpy.typing import NDArray
 from pydantic import Field
 
@@ -14,7 +12,7 @@ from mmfoundry.data.instructions import Turns
 from mmfoundry.evals.metrics import bootstrap, ratio_of_sums
 from mmfoundry.evals.questions import Score, Talk, read_questions, spread
 from mmfoundry.evals.samples import Samples
-from mmfoundry.evals.task import EVAL_TASKS, Bench, EvalTask, Row, Selection, TaskResult
+from mmfoundry.evals.task import EVAL_TASKS, Bench, EvalTask, Row, Selection, TaskResult, joint_rows
 from mmfoundry.pipeline.distributed import Runtime
 from mmfoundry.pipeline.errors import DamagedInput
 
@@ -104,10 +102,4 @@ def score(
     for places in batches[runtime.rank :: runtime.world_size]:
         part = [rows[place] for place in places]
         found[places] = model([Talk(samples.key(row), samples.picture(row), talks[row]) for row in part])
-    if runtime.group is None:
-        return found
-    # Each row is one rank's and zero on the others, so that the sum is exact.
-    joint = torch.from_numpy(found).to(runtime.device)
-    dist.all_reduce(joint, group=runtime.group)
-    summed: NDArray[np.float64] = joint.cpu().numpy()
-    return summed
+    return joint_rows(found, runtime)

@@ -12,6 +12,7 @@ from typing import Any, ClassVar, Literal
 
 import numpy as np
 import torch
+import torch.distributed as dist
 from numpy.typing import NDArray
 from pydantic import Field
 from torch import Tensor
@@ -84,9 +85,19 @@ class Row:
     unit: Literal["share", "nats"] = "share"
 
     @classmethod
-    def of(cls, task: str, metric: str, estimate: Estimate, **baselines: float | None) -> "Row":
+    def of(
+        cls,
+        task: str,
+        metric: str,
+        estimate: Estimate,
+        *,
+        chance: float | None = None,
+        untrained: float | None = None,
+        constant: float | None = None,
+    ) -> "Row":
         """A row from an estimate and any of `chance`, `untrained`, `constant`."""
-        return cls(task, metric, estimate.value, estimate.low, estimate.high, estimate.n, **baselines)
+        value, low, high = estimate.value, estimate.low, estimate.high
+        return cls(task, metric, value, low, high, estimate.n, chance, untrained, constant)
 
     def shown(self) -> str:
         """The value as people read it."""
@@ -229,3 +240,13 @@ def gather_rows(mine: Tensor, total: int, runtime: Runtime) -> Tensor:
     padded = torch.cat([mine, mine.new_zeros(rows_each - len(mine), *mine.shape[1:])])
     gathered = all_gather_rows(padded, runtime.group)
     return gathered.unflatten(0, (world, rows_each)).transpose(0, 1).flatten(0, 1)[:total]
+
+
+def joint_rows(mine: NDArray[np.float64], runtime: Runtime) -> NDArray[np.float64]:
+    """Rows of which each is one rank's, and zero on all others, put together; exact, the same on every rank."""
+    if runtime.group is None:
+        return mine
+    joint = torch.from_numpy(mine).to(runtime.device)
+    dist.all_reduce(joint, group=runtime.group)
+    summed: NDArray[np.float64] = joint.cpu().numpy()
+    return summed

@@ -93,7 +93,7 @@ class VlmEvaluationConfig(EvaluationConfig):
         return {"vlm"}
 
 
-def check_eval_steps(evaluation: EvaluationConfig | None, trainer: TrainerConfig) -> None:
+def check_eval_steps(evaluation: Config | None, trainer: TrainerConfig) -> None:
     """Hold together what is measured while training and how often.
 
     Raises:

@@ -39,6 +39,7 @@ from mmfoundry.pipeline.optimizers import ParamGroup, decay_groups
 from mmfoundry.pipeline.stage import RunContext, Stage
 from mmfoundry.pipeline.trainer import TrainResult, train
 from mmfoundry.pipeline.trainer_config import TrainerConfig
+from mmfoundry.stages.aligning import AlignEvaluationConfig, while_aligning
 from mmfoundry.stages.answering import as_vlm, instruction_encoder, tiles_of
 from mmfoundry.stages.evaluations import VlmEvaluationConfig, check_eval_steps, while_training
 from mmfoundry.stages.pretrain import SKIP_LOG, DataSource, LoaderConfig, data_metrics, open_pools, sources_of
@@ -56,7 +57,15 @@ class AlignConfig(Config):
     empty: str = Field("nothing", min_length=1, description="what an empty tile is called")
     temperature: float = Field(0.05, gt=0, description="cosines to the names are divided by it")
     distance_weight: float = Field(1.0, ge=0, description="of the squared distance to the right name, in the loss")
+    eval: AlignEvaluationConfig | None = Field(
+        None, description="pictures held out, measured every trainer.eval_steps steps; `eval/...` in the log"
+    )
     trainer: TrainerConfig = Field(description="batch size (pictures), steps, optimizer, schedule, checkpoints")
+
+    @model_validator(mode="after")
+    def _measures(self) -> AlignConfig:
+        check_eval_steps(self.eval, self.trainer)
+        return self
 
 
 class QuestionsConfig(Config):
@@ -148,14 +157,16 @@ def align(
     )
     loader = make_loader(config.data, pools, stage.loader, config.trainer, context, encode, collate_tiles)
     context.log.say(f"align: {len(names)} names, {sum(map(len, pools))} pictures")
+    objective = AlignmentLoss(config.temperature, config.distance_weight)
     return train(
         config.trainer,
         model=Aligner(model, vectors),
-        objective=AlignmentLoss(config.temperature, config.distance_weight),
+        objective=objective,
         loader=loader,
         context=context,
         phase="align",
         metrics=lambda: data_metrics(loader),
+        evaluate=None if config.eval is None else while_aligning(config.eval, context, encode, objective),
     )
 
 

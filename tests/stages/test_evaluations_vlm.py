@@ -3,26 +3,29 @@
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
 from torch.distributed import ProcessGroup
 
+from mmfoundry.data.named_tiles import NamedTiles, all_names, collate
 from mmfoundry.data.reader import Pool
 from mmfoundry.evals.samples import select
 from mmfoundry.models.adapters.lora import load_lora, merge_lora
+from mmfoundry.models.aligner import Aligner, AlignmentLoss, name_vectors
 from mmfoundry.models.chat import IGNORED
 from mmfoundry.models.interop.load import load_any_clip
 from mmfoundry.models.io import save_clip
 from mmfoundry.models.vlm_io import load_vlm
 from mmfoundry.pipeline.config import parse
 from mmfoundry.pipeline.distributed import init_runtime
-from mmfoundry.pipeline.errors import ConfigError
+from mmfoundry.pipeline.errors import ConfigError, DamagedInput
 from mmfoundry.pipeline.metrics import read_metrics
 from mmfoundry.pipeline.stage import run_stage
 from mmfoundry.stages.adapt import STAGE as ADAPT
 from mmfoundry.stages.adapt import AdaptConfig
-from mmfoundry.stages.answering import instruction_encoder
+from mmfoundry.stages.answering import instruction_encoder, tiles_of
 from mmfoundry.stages.eval import STAGE as EVAL
 from mmfoundry.stages.eval import EvalConfig
 from mmfoundry.stages.instruct import STAGE as INSTRUCT
@@ -140,6 +143,37 @@ def test_measuring_changes_nothing_and_tells_the_best(parts: Path, tmp_path: Pat
     assert least < found[6][LOSS]  # else the last would do as well
     after = evaluation(parts, only=["heldout"]) | {"vlm": str(tmp_path / "measured"), "untrained": False}
     assert run(None, "eval", str(tmp_path / "eval"), after)[0][LOSS] == pytest.approx(least, rel=1e-5)
+
+
+@pytest.mark.parametrize(("world", "stage"), [(1, 0), (2, 3)])
+def test_aligning_is_measured_on_pictures_held_out(parts: Path, tmp_path: Path, world: int, stage: int) -> None:
+    tree = tuned(parts, 1)
+    tree["tune"]["connector_lr_scale"] = 0  # so that the artifact has the connector as it was aligned
+    data, held = str(parts / "scenes/train"), str(parts / "scenes/test")
+    align = trainer(4, eval_steps=2, zero_optimization={"stage": stage})
+    tree["align"] = {"data": [{"path": data}], "eval": {"data": held, "batch_size": 3}, "trainer": align}
+    args = ("instruct", str(tmp_path / "vlm"), tree)
+    found = run(None, *args) if world == 1 else run_ranks(run, world, *args)[0]
+    assert [*found] == [2, 4]
+    assert found[2]["loss"] != found[4]["loss"]
+    model, text = load_vlm(tmp_path / "vlm")
+    learnt, asked = (select(Pool(parts / f"scenes/{name}"), {}) for name in ("train", "test"))
+    names = all_names(learnt.meta, "concept", "nothing")
+    encode = NamedTiles(tiles_of(model), {name: i for i, name in enumerate(names)}, "concept", "nothing")
+    batch = collate([encode(asked.sample(row), np.random.default_rng(0)) for row in range(len(asked))])
+    vectors = name_vectors(model, [text.encode(f" {name}")[0] for name in names])
+    with torch.no_grad():
+        expected = AlignmentLoss()(Aligner(model, vectors)(batch), batch)
+    assert found[4] == {name: pytest.approx(float(value), rel=1e-5) for name, value in expected.items()}
+
+
+def test_a_name_held_out_that_is_not_learnt_is_named(parts: Path, tmp_path: Path) -> None:
+    tree = tuned(parts, 1)
+    singles = str(parts / "pictures")
+    align = {"data": [{"path": str(parts / "scenes/train")}], "label": "style", "eval": {"data": singles}}
+    tree["align"] = align | {"trainer": trainer(1, eval_steps=1)}
+    with pytest.raises(DamagedInput, match=r"align\.eval: sample .*an unknown name"):
+        run(None, "instruct", str(tmp_path / "vlm"), tree)
 
 
 def test_adapting_a_vlm_is_measured(instructed: Path, parts: Path, tmp_path: Path) -> None:
