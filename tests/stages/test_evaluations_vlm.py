@@ -23,6 +23,7 @@ from mmfoundry.pipeline.distributed import init_runtime
 from mmfoundry.pipeline.errors import ConfigError, DamagedInput
 from mmfoundry.pipeline.metrics import read_metrics
 from mmfoundry.pipeline.stage import run_stage
+from mmfoundry.stages import instruct
 from mmfoundry.stages.adapt import STAGE as ADAPT
 from mmfoundry.stages.adapt import AdaptConfig
 from mmfoundry.stages.answering import instruction_encoder, tiles_of
@@ -91,7 +92,10 @@ def tuned(parts: Path, steps: int, evaluated: dict[str, Any] | None = None, **ch
     return tree | {"tune": tree["tune"] | ({} if evaluated is None else {"eval": evaluated})}
 
 
-@pytest.mark.parametrize(("world", "stage"), [(1, 0), (2, 1), (2, 2), (2, 3)])
+@pytest.mark.parametrize(
+    ("world", "stage"),
+    [(1, 0), pytest.param(2, 0, marks=pytest.mark.slow), pytest.param(2, 1, marks=pytest.mark.slow), (2, 2), (2, 3)],
+)
 def test_tuning_is_measured_as_by_the_eval_stage(parts: Path, tmp_path: Path, world: int, stage: int) -> None:
     tree = tuned(parts, 4, evaluation(parts), eval_steps=2, zero_optimization={"stage": stage})
     args = ("instruct", str(tmp_path / "vlm"), tree)
@@ -143,6 +147,30 @@ def test_measuring_changes_nothing_and_tells_the_best(parts: Path, tmp_path: Pat
     assert least < found[6][LOSS]  # else the last would do as well
     after = evaluation(parts, only=["heldout"]) | {"vlm": str(tmp_path / "measured"), "untrained": False}
     assert run(None, "eval", str(tmp_path / "eval"), after)[0][LOSS] == pytest.approx(least, rel=1e-5)
+
+
+class _Stop(Exception):
+    pass
+
+
+def test_a_run_cut_off_while_it_measures_goes_on(parts: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    tree = tuned(parts, 6, evaluation(parts), eval_steps=2, save_steps=3)
+    whole = run(None, "instruct", str(tmp_path / "whole"), tree)
+    real, calls = instruct.as_vlm, []
+
+    def stopping(*args: Any) -> Any:
+        calls.append(args)
+        if len(calls) == 2:  # at step 4
+            raise _Stop
+        return real(*args)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(instruct, "as_vlm", stopping)
+        with pytest.raises(_Stop):
+            run(None, "instruct", str(tmp_path / "cut"), tree)
+    assert run(None, "instruct", str(tmp_path / "cut"), tree) == whole
+    assert losses(tmp_path / "cut") == losses(tmp_path / "whole")
+    assert len(losses(tmp_path / "cut")) == 6
 
 
 @pytest.mark.parametrize(("world", "stage"), [(1, 0), (2, 3)])
