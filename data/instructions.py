@@ -71,7 +71,21 @@ class InstructionEncoder:
             UnreadableSample: nothing to ask about it, or turns that are no conversation.
         """
         tiles = self.cut_tiles(sample.image)
-        conversations = self._conversations(sample, rng)
+        return {"__key__": sample.key, **self.sequence(tiles, self._conversations(sample, rng))}
+
+    def sequence(self, tiles: Tensor, conversations: Sequence[Turns]) -> dict[str, Tensor]:
+        """Conversations about one picture, packed; none sees another.
+
+        Args:
+            tiles: of the picture, (n, 3, side, side) uint8.
+            conversations: in order; those that would go past `max_tokens` are left out.
+
+        Returns:
+            As for a sample, without its key.
+
+        Raises:
+            UnreadableSample: nothing to learn in them, or turns that are no conversation.
+        """
         common: tuple[list[int], list[int]] = ([], [])
         branches: list[tuple[list[int], list[int]]] = []
         used = 0
@@ -88,7 +102,7 @@ class InstructionEncoder:
             used += end - cut
         if all(label == IGNORED for _, labels in [common, *branches] for label in labels):
             raise UnreadableSample("no answer to learn", f"within {self.max_tokens} tokens")
-        return {"__key__": sample.key, "tiles": tiles, **_pack(common, branches)}
+        return {"tiles": tiles, **_pack(common, branches)}
 
     def conversation(self, turns: Turns, num_tiles: int) -> tuple[list[int], list[int]]:
         """Ids and labels of one conversation about a picture of so many tiles.

@@ -65,7 +65,7 @@ class Pope(EvalTask):
         is_yes = np.array([text == "yes" for text in truth])
         scores = pope_scores(_said_yes(replies), is_yes, [question.row for question in questions], bench.seed)
         untrained: dict[str, Estimate] = {}
-        if bench.untrained_answer is not None and self.untrained_questions:
+        if bench.untrained_vlm is not None and self.untrained_questions:
             part = spread(questions, self.untrained_questions)
             replies = bench.ask(samples, self.scenes, part, self.batch_size, untrained=True)
             untrained = pope_scores(_said_yes(replies), np.array([q.answers[0].lower() == "yes" for q in part]))

@@ -2,20 +2,42 @@
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 import torch.distributed as dist
 from numpy.typing import NDArray
 
+from mmfoundry.data.instructions import Turns
 from mmfoundry.evals.samples import Samples
 from mmfoundry.pipeline.distributed import Runtime
 from mmfoundry.pipeline.errors import DamagedInput
 from mmfoundry.pipeline.progress import Progress
 
+T = TypeVar("T")
 # Pictures (H, W, 3) uint8, questions, and which picture each question is about, to one answer a question. A model may
 # look at a picture once for all that is asked about it.
 Answer = Callable[[Sequence[NDArray[np.uint8]], Sequence[str], Sequence[int]], list[str]]
+
+
+@dataclass(frozen=True)
+class Talk:
+    """Conversations about one picture, answers included, none of which sees another.
+
+    Attributes:
+        key: of the sample.
+        picture: (H, W, 3) uint8.
+        conversations: each a list of turns with `role` and `content`.
+    """
+
+    key: str
+    picture: NDArray[np.uint8]
+    conversations: Sequence[Turns]
+
+
+# Talks to float64 (talks, 3): cross-entropy in nats, summed over the tokens of the answers; how many these are; and how
+# many of them score highest.
+Score = Callable[[Sequence[Talk]], NDArray[np.float64]]
 
 
 @dataclass(frozen=True)
@@ -66,7 +88,7 @@ def _question(samples: Samples, row: int, entry: Any) -> Question:
         raise DamagedInput(f"sample {samples.key(row)}: a question lacks {error}; it has {entry!r}") from error
 
 
-def spread(questions: list[Question], limit: int | None) -> list[Question]:
+def spread(questions: list[T], limit: int | None) -> list[T]:
     """At most `limit` of the questions, in their order, drawn by a fixed seed.
 
     Not every so many: where yes and no alternate, every second question would have the same answer.

@@ -12,12 +12,13 @@ from typing import Any, ClassVar, Literal
 
 import numpy as np
 import torch
+import torch.distributed as dist
 from numpy.typing import NDArray
 from pydantic import Field
 from torch import Tensor
 
 from mmfoundry.evals.metrics import Estimate
-from mmfoundry.evals.questions import Answer, Question, ask
+from mmfoundry.evals.questions import Answer, Question, Score, ask
 from mmfoundry.evals.samples import Samples
 from mmfoundry.pipeline.config import Config
 from mmfoundry.pipeline.distributed import Runtime, all_gather_rows
@@ -44,18 +45,32 @@ class Clip:
 
 
 @dataclass(frozen=True)
+class Vlm:
+    """A model that answers questions about pictures.
+
+    Attributes:
+        answer: writes answers.
+        score: says how well it foresees answers that are given.
+    """
+
+    answer: Answer
+    score: Score
+
+
+@dataclass(frozen=True)
 class Row:
     """One line of the results table.
 
     Attributes:
         task: entry of the suite that it belongs to.
         metric: unique key, e.g. `zeroshot_names_top1`.
-        value: of the model under test; a share of 1 unless the metric says otherwise.
+        value: of the model under test, in `unit`.
         low, high: 95% bootstrap interval.
         n: samples behind it.
         chance: what blind guessing scores in expectation.
         untrained: what the same architecture scores before training; None where it was not measured.
         constant: what the best answer that ignores the picture scores; None where no such answer exists.
+        unit: `share` of 1, of which more is better, or `nats` a token, of which less is.
     """
 
     task: str
@@ -67,11 +82,26 @@ class Row:
     chance: float | None = None
     untrained: float | None = None
     constant: float | None = None
+    unit: Literal["share", "nats"] = "share"
 
     @classmethod
-    def of(cls, task: str, metric: str, estimate: Estimate, **baselines: float | None) -> "Row":
+    def of(
+        cls,
+        task: str,
+        metric: str,
+        estimate: Estimate,
+        *,
+        chance: float | None = None,
+        untrained: float | None = None,
+        constant: float | None = None,
+    ) -> "Row":
         """A row from an estimate and any of `chance`, `untrained`, `constant`."""
-        return cls(task, metric, estimate.value, estimate.low, estimate.high, estimate.n, **baselines)
+        value, low, high = estimate.value, estimate.low, estimate.high
+        return cls(task, metric, value, low, high, estimate.n, chance, untrained, constant)
+
+    def shown(self) -> str:
+        """The value as people read it."""
+        return f"{self.value:.1%}" if self.unit == "share" else f"{self.value:.4f}"
 
 
 @dataclass(frozen=True)
@@ -120,7 +150,7 @@ class Bench:
         open: a `Selection` to its samples.
         runtime: pictures are shared out over its ranks; every rank gets all results.
         clip, untrained_clip: None if the stage was given none.
-        answer, untrained_answer: a vision-language model's way to answer; None if the stage was given none.
+        vlm, untrained_vlm: None if the stage was given none.
         seed: of bootstrap draws and of anything sampled.
         batch_size: pictures a forward pass.
         progress: (total, description, unit) to a context manager whose `advance` counts finished units.
@@ -130,8 +160,8 @@ class Bench:
     runtime: Runtime = field(default_factory=Runtime)
     clip: Clip | None = None
     untrained_clip: Clip | None = None
-    answer: Answer | None = None
-    untrained_answer: Answer | None = None
+    vlm: Vlm | None = None
+    untrained_vlm: Vlm | None = None
     seed: int = 0
     batch_size: int = 64
     progress: Callable[[int | None, str, str], AbstractContextManager[Progress]] = progress_bar
@@ -150,13 +180,11 @@ class Bench:
         Raises:
             ConfigError: there is no vision-language model.
         """
-        answer = self.untrained_answer if untrained else self.answer
-        if answer is None:
-            raise ConfigError("this evaluation needs a vision-language model: set the stage's `vlm`")
+        vlm = self.vlms()["untrained" if untrained else "trained"]
         known = self._asked.setdefault((selection.model_dump_json(), untrained), {})
         new = [question for question in questions if (question.row, question.text) not in known]
         with self.progress(len(new), f"questions{' to the untrained model' if untrained else ''}", "answers") as shown:
-            replies = ask(answer, samples, new, self.runtime, batch, shown)
+            replies = ask(vlm.answer, samples, new, self.runtime, batch, shown)
         known.update({(question.row, question.text): reply for question, reply in zip(new, replies, strict=True)})
         return [known[question.row, question.text] for question in questions]
 
@@ -169,6 +197,16 @@ class Bench:
         if self.clip is None:
             raise ConfigError("this evaluation needs a CLIP: set the stage's `clip`, or leave the task out of `tasks`")
         return {"trained": self.clip} | ({"untrained": self.untrained_clip} if self.untrained_clip else {})
+
+    def vlms(self) -> dict[str, Vlm]:
+        """The vision-language models to measure: `trained`, and `untrained` where there is one.
+
+        Raises:
+            ConfigError: there is no vision-language model.
+        """
+        if self.vlm is None:
+            raise ConfigError("this evaluation needs a vision-language model: set the stage's `vlm`")
+        return {"trained": self.vlm} | ({"untrained": self.untrained_vlm} if self.untrained_vlm else {})
 
 
 class EvalTask(Config):
@@ -202,3 +240,13 @@ def gather_rows(mine: Tensor, total: int, runtime: Runtime) -> Tensor:
     padded = torch.cat([mine, mine.new_zeros(rows_each - len(mine), *mine.shape[1:])])
     gathered = all_gather_rows(padded, runtime.group)
     return gathered.unflatten(0, (world, rows_each)).transpose(0, 1).flatten(0, 1)[:total]
+
+
+def joint_rows(mine: NDArray[np.float64], runtime: Runtime) -> NDArray[np.float64]:
+    """Rows of which each is one rank's, and zero on all others, put together; exact, the same on every rank."""
+    if runtime.group is None:
+        return mine
+    joint = torch.from_numpy(mine).to(runtime.device)
+    dist.all_reduce(joint, group=runtime.group)
+    summed: NDArray[np.float64] = joint.cpu().numpy()
+    return summed

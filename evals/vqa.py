@@ -75,7 +75,7 @@ class Vqa(EvalTask):
 
     def _untrained(self, bench: Bench, samples: Samples, questions: list[Question]) -> dict[str, float]:
         """Accuracy by type of the model before tuning, on an even share of the questions."""
-        if bench.untrained_answer is None or self.untrained_per_type == 0:
+        if bench.untrained_vlm is None or self.untrained_per_type == 0:
             return {}
         scores = {}
         for kind in dict.fromkeys(question.type for question in questions):

@@ -11,7 +11,14 @@ from collections import Counter
 from collections.abc import Callable, Mapping
 from typing import Any
 
+import torch
+from torch import Tensor
+from torch.func import functional_call
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.utils.flop_counter import FlopCounterMode
+
 from mmfoundry.models.clip import CLIP, ClipConfig
+from mmfoundry.models.open_clip_model import OpenClip
 from mmfoundry.models.text import end_of_text, length_groups
 from mmfoundry.pipeline.gauges import Work
 
@@ -83,3 +90,68 @@ def clip_work(model: CLIP) -> Callable[[Mapping[str, Any]], Work]:
 def _with_backward(forward: int, first: int, tower: Any) -> int:
     trained = any(weight.requires_grad for weight in tower.parameters())
     return FORWARD_AND_BACKWARD * forward - first if trained else forward
+
+
+def open_clip_work(model: OpenClip) -> Callable[[Mapping[str, Any]], Work]:
+    """What one micro-batch costs this rank to train on, of a model that open_clip computes: counted once, by torch.
+
+    A pass forward and backward over tensors without storage, for captions of three lengths: what a caption costs is a
+    polynomial of the second degree in its length (attention looks at each pair of positions), so these give them all.
+    Captions that are made as long as the context cost the same, save in a CoCa's decoder.
+
+    Tokens are the captions' positions, and those of pictures where the tower is open_clip's own ViT.
+
+    Args:
+        model: not yet changed by an engine; what is locked in it has no backward pass.
+    """
+    context = model.config.text_cfg.context_length
+    lengths = [2, (2 + context) // 2, context] if model.trims or model.captions else [context]
+    costs = [_pair_flops(model, length) for length in lengths]
+    positions = getattr(model.open_clip.visual, "positional_embedding", None)
+    seen = len(positions) if isinstance(positions, Tensor) else 0
+
+    def work(batch: Mapping[str, Any]) -> Work:
+        rows, length = batch["text"].shape
+        read = length if model.trims else context
+        return Work(tokens=rows * (seen + read), flops=rows * _through(lengths, costs, length))
+
+    return work
+
+
+_COUNTED_ROWS = 2  # a batch normalisation refuses one picture
+
+
+def _pair_flops(model: OpenClip, length: int) -> float:
+    """Operations of a step, forward and backward, for one picture and its caption."""
+    side = model.config.vision_cfg.image_size
+    batch = {
+        "image": torch.empty(_COUNTED_ROWS, 3, side, side, dtype=torch.uint8, device="meta"),
+        "text": torch.empty(_COUNTED_ROWS, length, dtype=torch.int64, device="meta"),
+    }
+    bare: dict[str, Tensor] = {
+        name: torch.empty_like(weight, device="meta").requires_grad_(weight.requires_grad)
+        for name, weight in model.named_parameters()
+    }
+    bare |= {name: torch.empty_like(buffer, device="meta") for name, buffer in model.named_buffers()}
+    was_training = model.training
+    try:
+        # The counter knows attention that is written out; few of the kernels.
+        with sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
+            output = functional_call(model.train(), bare, (batch,))
+            parts = [part.sum() for part in output if isinstance(part, Tensor) and part.requires_grad]
+            if parts:
+                torch.stack(parts).sum().backward()
+    finally:
+        model.train(was_training)
+    return counter.get_total_flops() / _COUNTED_ROWS
+
+
+def _through(places: list[int], values: list[float], at: int) -> float:
+    """The polynomial through some points, at another place (Lagrange)."""
+    total = 0.0
+    for i, value in enumerate(values):
+        for j, place in enumerate(places):
+            if i != j:
+                value *= (at - place) / (places[i] - place)
+        total += value
+    return total

@@ -157,16 +157,32 @@ def check_fit(model: torch.nn.Module, state: dict[str, Tensor], source: str) -> 
         raise DamagedInput(f"{source}: the weights do not fit the config: {'; '.join(problems[:3])}{more}")
 
 
-def _read_config(folder: Path) -> tuple[dict[str, Any], ClipConfig]:
+def read_record(folder: Path, format: str, what: str) -> tuple[Path, dict[str, Any]]:
+    """The `config.json` of a folder that we wrote, and where it lies: a mapping with a mapping `model` in it.
+
+    Args:
+        folder: of the model.
+        format: that it must have, e.g. `mmfoundry.clip`.
+        what: the kind of model, for errors.
+
+    Raises:
+        MissingInput: there is none.
+        DamagedInput: it is not JSON, or of something else.
+    """
     file = folder / CONFIG_FILE
     if not file.is_file():
-        raise MissingInput(f"{file}: no such file; a CLIP's folder holds {CONFIG_FILE} and {WEIGHTS_FILE}")
+        raise MissingInput(f"{file}: no such file; the folder of a {what} holds {CONFIG_FILE} and {WEIGHTS_FILE}")
     try:
         record = json.loads(file.read_text(encoding="utf-8"))
     except ValueError as error:
         raise DamagedInput(f"{file}: not JSON ({error})") from error
-    if not isinstance(record, dict) or record.get("format") != FORMAT or not isinstance(record.get("model"), dict):
-        raise DamagedInput(f"{file}: not the config of one of our CLIPs (format is not {FORMAT!r})")
+    if not isinstance(record, dict) or record.get("format") != format or not isinstance(record.get("model"), dict):
+        raise DamagedInput(f"{file}: not the config of one of our {what}s (format is not {format!r})")
+    return file, record
+
+
+def _read_config(folder: Path) -> tuple[dict[str, Any], ClipConfig]:
+    file, record = read_record(folder, FORMAT, "CLIP")
     text = record["model"].get("text_cfg")
     if isinstance(text, dict) and text.get("hf_tokenizer_name") == HERE:
         text["hf_tokenizer_name"] = str(folder)

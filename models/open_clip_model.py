@@ -171,6 +171,7 @@ class OpenClip(nn.Module):
     Attributes:
         open_clip: open_clip's own module, which holds all parameters.
         captions: whether the forward pass gives `CaptionedOutput`; a CoCa's decoder costs as much as a tower.
+        trims: whether captions are read as they come, not made as long as the context.
     """
 
     def __init__(self, config: OpenClipConfig):
@@ -181,7 +182,7 @@ class OpenClip(nn.Module):
         text = getattr(self.open_clip, "text", self.open_clip)
         pool = getattr(text, "text_pool_type", getattr(text, "pool_type", None))
         alone = getattr(text, "cls_emb", None) is None and text.attn_mask is not None
-        self._trims = alone and pool in _TRIMMED_POOLS
+        self.trims = alone and pool in _TRIMMED_POOLS
 
     @classmethod
     def from_seed(cls, config: OpenClipConfig, seed: int) -> OpenClip:
@@ -234,7 +235,7 @@ class OpenClip(nn.Module):
         Captions are made as long as the context, unless what follows the end of text cannot matter: under a causal
         mask, where the caption's own last position is read. A CoCa's class token stands behind the whole context.
         """
-        if self._trims:
+        if self.trims:
             features = _read_at_end(getattr(self.open_clip, "text", self.open_clip), tokens_bL)
         else:
             features = self.open_clip.encode_text(self._padded(tokens_bL), normalize=False)

@@ -5,6 +5,7 @@ from __future__ import annotations
 from pydantic import Field
 
 from mmfoundry.models.clip import CLIP
+from mmfoundry.models.open_clip_groups import Tower, group_depths
 from mmfoundry.models.open_clip_model import OpenClip
 from mmfoundry.models.text import TextTower
 from mmfoundry.models.vision import VisionTower
@@ -37,7 +38,8 @@ def clip_param_groups(
     """The groups to train a CLIP with; norms, biases, positions, class token, probe, scale do not decay.
 
     Layer decay counts as BEiT's (Bao et al. 2021, arXiv 2106.08254) and EVA-CLIP's do: the projection, a tower's head
-    and its last norm learn at the full rate, the top block at `layer_decay` times it, the embeddings slowest.
+    and its last norm learn at the full rate, the top block at `layer_decay` times it, the embeddings slowest. Of a
+    model that open_clip computes, layers are the groups of its `lock`, where the last norm is with the top block.
 
     Args:
         model: frozen parameters are left out.
@@ -49,7 +51,7 @@ def clip_param_groups(
         As `decay_groups`; where rates differ, `part` says whose each group is.
 
     Raises:
-        ConfigError: a layer decay for a model that open_clip computes, whose layers have no order that we know.
+        ConfigError: a layer decay for a tower of open_clip that has no groups of layers.
     """
     rates = rates or TowerRates()
     scale = _rates(model, rates) if isinstance(model, CLIP) else _rates_of_open_clip(model, rates)
@@ -83,16 +85,27 @@ def _rates(model: CLIP, rates: TowerRates) -> dict[int, tuple[str, float]]:
 
 
 def _rates_of_open_clip(model: OpenClip, rates: TowerRates) -> dict[int, tuple[str, float]]:
-    for name, rate in (("image", rates.image), ("text", rates.text)):
-        if rate.layer_decay != 1:
-            raise ConfigError(f"towers.{name}.layer_decay: only our own ViT towers have it, not a model of open_clip")
     image = {id(weight) for weight in model.open_clip.visual.parameters()}
     joint = {id(model.logit_scale), id(model.logit_bias)}
-    return {
-        id(weight): ("image", rates.image.lr_scale) if id(weight) in image else ("text", rates.text.lr_scale)
-        for weight in model.parameters()
-        if id(weight) not in joint
-    }
+    towers = {"image": (rates.image, _depths(model, "image", rates.image))}
+    towers |= {"text": (rates.text, _depths(model, "text", rates.text))}
+    scale: dict[int, tuple[str, float]] = {}
+    for key in (id(weight) for weight in model.parameters()):
+        if key not in joint:
+            part = "image" if key in image else "text"
+            rate, depths = towers[part]
+            scale[key] = (part, rate.lr_scale * rate.layer_decay ** depths.get(key, 0))
+    return scale
+
+
+def _depths(model: OpenClip, tower: Tower, rate: TowerRate) -> dict[int, int]:
+    """Depths of a tower's parameters by id, where layers learn unlike."""
+    if rate.layer_decay == 1:
+        return {}
+    try:
+        return group_depths(model, tower)
+    except ConfigError as error:
+        raise ConfigError(f"towers.{tower}.layer_decay: {error}") from error
 
 
 def _tower(tower: VisionTower | TextTower, part: str, rate: TowerRate) -> dict[int, tuple[str, float]]:

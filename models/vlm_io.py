@@ -14,7 +14,7 @@ from transformers import AutoTokenizer, PreTrainedConfig, PreTrainedModel
 from transformers.initialization import no_init_weights
 
 from mmfoundry.models.clip import CLIP
-from mmfoundry.models.io import CONFIG_FILE, WEIGHTS_FILE, read_weights
+from mmfoundry.models.io import CONFIG_FILE, WEIGHTS_FILE, read_record, read_weights
 from mmfoundry.models.language import LanguageModel, load_language_model
 from mmfoundry.models.vlm import VisionLanguageModel, VlmConfig, VlmSettings
 from mmfoundry.models.vlm_text import VlmText, prepare_tokenizer
@@ -183,13 +183,5 @@ def _plain_config(config: PreTrainedConfig) -> dict[str, Any]:
 
 
 def _read_config(folder: Path) -> tuple[dict[str, Any], VlmConfig]:
-    file = folder / CONFIG_FILE
-    if not file.is_file():
-        raise MissingInput(f"{file}: no such file; a vision-language model's folder holds {CONFIG_FILE}")
-    try:
-        record = json.loads(file.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise DamagedInput(f"{file}: not JSON ({error})") from error
-    if not isinstance(record, dict) or record.get("format") != FORMAT or not isinstance(record.get("model"), dict):
-        raise DamagedInput(f"{file}: not the config of one of our vision-language models (format is not {FORMAT!r})")
+    file, record = read_record(folder, FORMAT, "vision-language model")
     return record, parse(VlmConfig, record["model"], source=file, prefix="model")

@@ -35,6 +35,7 @@ from mmfoundry.pipeline.guard import Guard, GuardConfig, NonFinite
 from mmfoundry.pipeline.heartbeat import Doing, Heartbeat
 from mmfoundry.pipeline.measured import Measured
 from mmfoundry.pipeline.optimizers import ParamGroup, build_optimizer, decay_groups
+from mmfoundry.pipeline.rng import rng_state, set_rng_state
 from mmfoundry.pipeline.schedules import lr_factor
 from mmfoundry.pipeline.stage import CHECKPOINTS, RunContext
 from mmfoundry.pipeline.trainer_config import TrainerConfig, steps_of
@@ -312,8 +313,10 @@ class _Training:
 
     def _evaluate(self, evaluate: Callable[[Any, int], Mapping[str, float]]) -> None:
         self.heart.at(self.progress.step, Doing.EVALUATION)
+        drawn = rng_state(self.runtime.device)
         with torch.no_grad(), self.measured.whole(self.engine) as model:
             numbers = evaluate(model, self.progress.step)
+        set_rng_state(drawn, self.runtime.device)  # what an evaluation draws must not change the training
         self.evaluated = (self.progress.step, {name: float(value) for name, value in numbers.items()})
         named = {f"eval/{name}": value for name, value in numbers.items()}
         self.context.log.scalars(self.progress.step, named, self.phase)

@@ -45,7 +45,7 @@ from mmfoundry.pipeline.trainer import train
 from mmfoundry.pipeline.trainer_config import TrainerConfig
 from mmfoundry.stages.captions import tokenizer_of
 from mmfoundry.stages.eval import write_examples
-from mmfoundry.stages.evaluations import as_clip
+from mmfoundry.stages.evaluations import EvaluationConfig, as_clip, check_eval_steps, while_training
 from mmfoundry.stages.pretrain import data_metrics
 
 ADAPTER = "clip-lora"  # folder of the adapter in the artifact, in peft's format
@@ -75,6 +75,9 @@ class AdaptClipConfig(Config):
     shots: int = Field(8, ge=1, description="pictures of each class to learn from")
     lora: ClipLoraConfig = Field(ClipLoraConfig(), description="size and places of the adapters")
     crop_scale: tuple[float, float] = Field((0.9, 1.0), description="least and greatest share of the area of a crop")
+    eval: EvaluationConfig | None = Field(
+        None, description="what is measured every trainer.eval_steps steps, on all ranks; `eval/...` in the log"
+    )
     trainer: TrainerConfig = Field(description="batch size (pictures), steps, optimizer, schedule, checkpoints")
 
     @field_validator("templates")
@@ -89,6 +92,11 @@ class AdaptClipConfig(Config):
     def _crops(self) -> AdaptClipConfig:
         if not 0 < self.crop_scale[0] <= self.crop_scale[1] <= 1:
             raise ValueError(f"crop_scale {self.crop_scale} needs 0 < least <= greatest <= 1")
+        return self
+
+    @model_validator(mode="after")
+    def _measures(self) -> AdaptClipConfig:
+        check_eval_steps(self.eval, self.trainer)
         return self
 
 
@@ -281,6 +289,9 @@ def _train(
         context=context,
         phase="clip",
         metrics=lambda: data_metrics(loader),
+        evaluate=None
+        if config.eval is None
+        else while_training(config.eval, context, "clip.eval.", lambda live: as_clip(live.clip)),
         param_groups=decay_groups(classifier.named_parameters(), config.trainer.optimizer.weight_decay),
     )
     classifier.eval()

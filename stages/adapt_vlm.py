@@ -30,6 +30,7 @@ from mmfoundry.pipeline.stage import RunContext
 from mmfoundry.pipeline.trainer_config import TrainerConfig
 from mmfoundry.stages.answering import answerer
 from mmfoundry.stages.eval import write_examples
+from mmfoundry.stages.evaluations import VlmEvaluationConfig, check_eval_steps
 from mmfoundry.stages.instruct import BLOCKS, QuestionsConfig, TuneConfig, tune
 from mmfoundry.stages.pretrain import DataSource, LoaderConfig
 
@@ -58,6 +59,9 @@ class AdaptVlmConfig(Config):
     lora: LoraSettings = Field(LoraSettings(), description="size and places of the adapters")
     merge: bool = Field(False, description="also write the model with the adapters merged into it, as vlm/")
     loader: LoaderConfig = Field(LoaderConfig(), description="how samples are read")
+    eval: VlmEvaluationConfig | None = Field(
+        None, description="what is measured every trainer.eval_steps steps, on all ranks; `eval/...` in the log"
+    )
     trainer: TrainerConfig = Field(description="batch size (pictures), steps, optimizer, schedule, checkpoints")
 
     @model_validator(mode="after")
@@ -67,6 +71,7 @@ class AdaptVlmConfig(Config):
             raise ValueError(f"{both[0]} is in new_types and in old_types")
         if self.old_share > 0 and not self.old_types:
             raise ValueError("old_share is above 0, but there are no old_types")
+        check_eval_steps(self.eval, self.trainer)
         return self
 
     def shares(self) -> dict[str, float]:
@@ -124,7 +129,12 @@ def adapt_vlm(config: AdaptVlmConfig, context: RunContext) -> dict[str, float]:
     lora = add_lora(model, config.lora, BLOCKS, context.config.seed)
     questions = QuestionsConfig(types=config.shares(), max_questions=config.max_questions)
     tuning = TuneConfig(
-        data=config.data, questions=questions, lora=config.lora, connector_lr_scale=0, trainer=config.trainer
+        data=config.data,
+        questions=questions,
+        lora=config.lora,
+        connector_lr_scale=0,
+        eval=config.eval,
+        trainer=config.trainer,
     )
     tuned = tune(tuning, config.loader, context, model, text, phase="vlm", prefix="vlm.")
     after = replies("vlm: after")

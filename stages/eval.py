@@ -14,8 +14,7 @@ import torch
 from PIL import Image
 from pydantic import Field
 
-from mmfoundry.evals.questions import Answer
-from mmfoundry.evals.task import Bench, Example, Row, TaskResult
+from mmfoundry.evals.task import Bench, Example, Row, TaskResult, Vlm
 from mmfoundry.models.interop.any_clip import before_training, read_clip
 from mmfoundry.pipeline.artifact import Artifact, write_atomic
 from mmfoundry.pipeline.config import ArtifactRef, StageConfig
@@ -88,7 +87,7 @@ def make_bench(config: EvalConfig, context: RunContext) -> Bench:
     """Load the models and data sets that the tasks need."""
     needs = {task.needs for task in config.to_run().values()}
     device = context.runtime.device
-    clip = untrained = answer = untrained_answer = None
+    clip = untrained = vlm = untrained_vlm = None
     if "clip" in needs and config.clip is not None:
         folder = context.inputs["clip"]
         model = read_clip(folder)
@@ -96,7 +95,7 @@ def make_bench(config: EvalConfig, context: RunContext) -> Bench:
         if config.untrained:
             untrained = as_clip(before_training(model, folder, config.seed).to(device))
     if "vlm" in needs and config.vlm is not None:
-        answer, untrained_answer = load_answers(context.inputs["vlm"], device, config.untrained, context.log)
+        vlm, untrained_vlm = load_vlms(context.inputs["vlm"], device, config.untrained, context.log)
 
     return Bench(
         open=opener(context),
@@ -106,25 +105,25 @@ def make_bench(config: EvalConfig, context: RunContext) -> Bench:
         progress=lambda total, text, unit: context.progress(total, f"eval: {text}", unit),
         clip=clip,
         untrained_clip=untrained,
-        answer=answer,
-        untrained_answer=untrained_answer,
+        vlm=vlm,
+        untrained_vlm=untrained_vlm,
     )
 
 
-def load_answers(folder: Path, device: torch.device, untrained: bool, log: StageLog) -> tuple[Answer, Answer | None]:
+def load_vlms(folder: Path, device: torch.device, untrained: bool, log: StageLog) -> tuple[Vlm, Vlm | None]:
     """The vision-language model of an artifact, and what it was before training where that is wanted and known."""
     declare_missing_ops()
     # Imported here: transformers takes seconds, which a CLIP's evaluation need not spend.
-    from mmfoundry.stages.answering import load_answerer
+    from mmfoundry.stages.answering import read_vlm
 
-    answer = load_answerer(folder, device)
+    vlm = read_vlm(folder, device)
     if not untrained:
-        return answer, None
+        return vlm, None
     try:
-        return answer, load_answerer(folder, device, untrained=True)
+        return vlm, read_vlm(folder, device, untrained=True)
     except MissingInput as error:
         log.say(f"eval: no untrained model to compare with: {error}")
-        return answer, None
+        return vlm, None
 
 
 def write_result(folder: Path, name: str, result: TaskResult, done: Path) -> None:
@@ -150,7 +149,7 @@ def write_examples(folder: Path, examples: list[Example]) -> None:
 
 
 def _line(name: str, rows: list[Row], seconds: float) -> str:
-    shown = ", ".join(f"{row.metric.removeprefix(f'{name}_')} {row.value:.1%}" for row in rows)
+    shown = ", ".join(f"{row.metric.removeprefix(f'{name}_')} {row.shown()}" for row in rows)
     return f"eval: {name} in {seconds:.1f} s: {shown}"
 
 

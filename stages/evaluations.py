@@ -14,7 +14,7 @@ from pydantic import Field, SerializeAsAny, field_validator, model_validator
 from mmfoundry.data.reader import Pool
 from mmfoundry.evals.samples import Samples, select
 from mmfoundry.evals.suite import load_suite, parse_task, selections
-from mmfoundry.evals.task import Bench, Clip, EvalTask, Selection
+from mmfoundry.evals.task import Bench, Clip, EvalTask, Selection, Vlm
 from mmfoundry.models.interop.any_clip import AnyClip
 from mmfoundry.models.open_clip_model import OpenClip
 from mmfoundry.pipeline.config import Config, ShardsRef
@@ -22,6 +22,7 @@ from mmfoundry.pipeline.errors import ConfigError
 from mmfoundry.pipeline.progress import Progress
 from mmfoundry.pipeline.registry import unknown
 from mmfoundry.pipeline.stage import RunContext
+from mmfoundry.pipeline.trainer_config import TrainerConfig
 from mmfoundry.stages.captions import tokenizer_of
 
 TASK_NAME = re.compile(r"[a-z0-9_]+")
@@ -84,6 +85,24 @@ class EvaluationConfig(Config):
         return {name: task for name, task in self.tasks.items() if name in wanted and task.needs in given}
 
 
+class VlmEvaluationConfig(EvaluationConfig):
+    """Evaluations of a vision-language model, and the data that they run on."""
+
+    def models(self) -> set[str]:
+        """Kinds of model that there are to measure."""
+        return {"vlm"}
+
+
+def check_eval_steps(evaluation: Config | None, trainer: TrainerConfig) -> None:
+    """Hold together what is measured while training and how often.
+
+    Raises:
+        ValueError: only one of them is given.
+    """
+    if (evaluation is not None) != (trainer.eval_steps > 0):
+        raise ValueError("eval and trainer.eval_steps go together; only one of them is given")
+
+
 def opener(context: RunContext, prefix: str = "") -> Callable[[Selection], Samples]:
     """How evaluations get their samples; a data set is opened once.
 
@@ -103,14 +122,15 @@ def opener(context: RunContext, prefix: str = "") -> Callable[[Selection], Sampl
 
 
 def while_training(
-    config: EvaluationConfig, context: RunContext, prefix: str
-) -> Callable[[AnyClip, int], dict[str, float]]:
+    config: EvaluationConfig, context: RunContext, prefix: str, measurable: Callable[[Any], Clip | Vlm]
+) -> Callable[[Any, int], dict[str, float]]:
     """What the trainer calls to measure the model that it trains; pictures are shared out over all ranks.
 
     Args:
         config: what is measured.
         context: of the running stage.
         prefix: see `opener`.
+        measurable: the model that is trained, as evaluations see it.
 
     Returns:
         (model, step) to each metric's value. DamagedInput: a sample of the data cannot be read.
@@ -120,14 +140,16 @@ def while_training(
     def silent(total: int | None, description: str, unit: str) -> AbstractContextManager[Progress]:
         return nullcontext(Progress(total, description, unit))  # the training's own bar is on the screen
 
-    def evaluate(model: AnyClip, step: int) -> dict[str, float]:
+    def evaluate(model: Any, step: int) -> dict[str, float]:
+        shown = measurable(model)
         bench = Bench(
             open=opened,
             runtime=context.runtime,
             seed=context.config.seed,
             batch_size=config.batch_size,
             progress=silent,
-            clip=as_clip(model),
+            clip=shown if isinstance(shown, Clip) else None,
+            vlm=shown if isinstance(shown, Vlm) else None,
         )
         return {row.metric: row.value for name, task in config.to_run().items() for row in task.run(name, bench).rows}
 

@@ -13,27 +13,20 @@ The artifact: `config.json`, `model.safetensors` and the tokenizer (read by `mmf
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
-from functools import partial
+from collections.abc import Iterator, Sequence
 from typing import Any
 
-import numpy as np
-from numpy.typing import NDArray
-from pydantic import Field
-from torch import Tensor
+from pydantic import Field, model_validator
 
 from mmfoundry.data.decode import UnreadableSample
-from mmfoundry.data.instructions import InstructionEncoder
 from mmfoundry.data.instructions import collate as collate_conversations
 from mmfoundry.data.loader import Collate, Encode, Loader
 from mmfoundry.data.named_tiles import NamedTiles, all_names
 from mmfoundry.data.named_tiles import collate as collate_tiles
 from mmfoundry.data.reader import Pool
 from mmfoundry.data.sample import read_text
-from mmfoundry.data.tiles import cut_tiles
 from mmfoundry.models.adapters.lora import LoraSettings, add_lora, merge_lora
 from mmfoundry.models.aligner import Aligner, AlignmentLoss, name_vectors
-from mmfoundry.models.chat import IMAGE
 from mmfoundry.models.interop.load import load_any_clip
 from mmfoundry.models.language import load_language_model
 from mmfoundry.models.objectives import OBJECTIVES
@@ -46,6 +39,9 @@ from mmfoundry.pipeline.optimizers import ParamGroup, decay_groups
 from mmfoundry.pipeline.stage import RunContext, Stage
 from mmfoundry.pipeline.trainer import TrainResult, train
 from mmfoundry.pipeline.trainer_config import TrainerConfig
+from mmfoundry.stages.aligning import AlignEvaluationConfig, while_aligning
+from mmfoundry.stages.answering import as_vlm, instruction_encoder, tiles_of
+from mmfoundry.stages.evaluations import VlmEvaluationConfig, check_eval_steps, while_training
 from mmfoundry.stages.pretrain import SKIP_LOG, DataSource, LoaderConfig, data_metrics, open_pools, sources_of
 
 BLOCKS = "model.language_model.layers"  # transformers' names, so that adapters load on the released model
@@ -61,7 +57,15 @@ class AlignConfig(Config):
     empty: str = Field("nothing", min_length=1, description="what an empty tile is called")
     temperature: float = Field(0.05, gt=0, description="cosines to the names are divided by it")
     distance_weight: float = Field(1.0, ge=0, description="of the squared distance to the right name, in the loss")
+    eval: AlignEvaluationConfig | None = Field(
+        None, description="pictures held out, measured every trainer.eval_steps steps; `eval/...` in the log"
+    )
     trainer: TrainerConfig = Field(description="batch size (pictures), steps, optimizer, schedule, checkpoints")
+
+    @model_validator(mode="after")
+    def _measures(self) -> AlignConfig:
+        check_eval_steps(self.eval, self.trainer)
+        return self
 
 
 class QuestionsConfig(Config):
@@ -85,7 +89,15 @@ class TuneConfig(Config):
     connector_lr_scale: float = Field(
         1.0, ge=0, description="the connector's learning rate as a multiple of the adapters'; 0: it stays as it is"
     )
+    eval: VlmEvaluationConfig | None = Field(
+        None, description="what is measured every trainer.eval_steps steps, on all ranks; `eval/...` in the log"
+    )
     trainer: TrainerConfig = Field(description="batch size (pictures), steps, optimizer, schedule, checkpoints")
+
+    @model_validator(mode="after")
+    def _measures(self) -> TuneConfig:
+        check_eval_steps(self.eval, self.trainer)
+        return self
 
 
 class InstructConfig(StageConfig):
@@ -145,14 +157,16 @@ def align(
     )
     loader = make_loader(config.data, pools, stage.loader, config.trainer, context, encode, collate_tiles)
     context.log.say(f"align: {len(names)} names, {sum(map(len, pools))} pictures")
+    objective = AlignmentLoss(config.temperature, config.distance_weight)
     return train(
         config.trainer,
         model=Aligner(model, vectors),
-        objective=AlignmentLoss(config.temperature, config.distance_weight),
+        objective=objective,
         loader=loader,
         context=context,
         phase="align",
         metrics=lambda: data_metrics(loader),
+        evaluate=None if config.eval is None else while_aligning(config.eval, context, encode, objective),
     )
 
 
@@ -177,15 +191,7 @@ def tune(
         prefix: dotted field of `config` in the stage's config, with a dot behind, e.g. `tune.`.
     """
     pools = open_pools(config.data, loader, context, prefix)
-    encode = InstructionEncoder(
-        cut_tiles=tiles_of(model),
-        pieces=text.settings.chat.pieces,
-        encode=text.encode,
-        image_text=text.image_text,
-        placeholder=IMAGE,
-        patch_id=text.patch_id,
-        **config.questions.model_dump(),
-    )
+    encode = instruction_encoder(model, text, **config.questions.model_dump())
     conversations = make_loader(config.data, pools, loader, config.trainer, context, encode, collate_conversations)
     return train(
         config.trainer,
@@ -195,14 +201,11 @@ def tune(
         context=context,
         phase=phase,
         metrics=lambda: data_metrics(conversations),
+        evaluate=None
+        if config.eval is None
+        else while_training(config.eval, context, f"{prefix}eval.", lambda live: as_vlm(live, text)),
         param_groups=_groups(model, config),
     )
-
-
-def tiles_of(model: VisionLanguageModel) -> Callable[[NDArray[np.uint8]], Tensor]:
-    """How a picture is cut up for a model: (H, W, 3) uint8 to (n, 3, side, side) uint8."""
-    size, tiles = model.config.vision.image_size, model.config.tiles
-    return partial(cut_tiles, size=size, min_tiles=tiles.min_tiles, max_tiles=tiles.max_tiles)
 
 
 def make_loader(

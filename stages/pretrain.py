@@ -19,10 +19,11 @@ from mmfoundry.data.loader import Loader, Source
 from mmfoundry.data.pairs import PairEncoder, StoredTeacher, pad_text
 from mmfoundry.data.reader import Pool
 from mmfoundry.models.clip import CLIP, ClipConfig
-from mmfoundry.models.flops import clip_work
+from mmfoundry.models.flops import clip_work, open_clip_work
 from mmfoundry.models.interop.any_clip import AnyClip, AnyClipConfig, config_of_name, read_clip, save_any_clip
 from mmfoundry.models.lock import lock_image_tower, lock_text_tower, take_towers
 from mmfoundry.models.objectives import Objective, needs, weighted_sum
+from mmfoundry.models.open_clip_groups import lock_open_clip_tower
 from mmfoundry.models.open_clip_model import OpenClip, OpenClipConfig
 from mmfoundry.models.param_groups import TowerRates, clip_param_groups
 from mmfoundry.models.teachers import Taught, check_teacher
@@ -35,7 +36,7 @@ from mmfoundry.pipeline.trainer import train
 from mmfoundry.pipeline.trainer_config import TrainerConfig
 from mmfoundry.stages.averages import SoupConfig, write_ema, write_soup
 from mmfoundry.stages.captions import tokenizer_of
-from mmfoundry.stages.evaluations import EvaluationConfig, while_training
+from mmfoundry.stages.evaluations import EvaluationConfig, as_clip, check_eval_steps, while_training
 
 SKIP_LOG = "skipped.jsonl"
 PHASE = "train"
@@ -151,6 +152,9 @@ class PretrainConfig(StageConfig):
     lock_image_unlocked_groups: int = Field(
         0, ge=0, description="last groups of a locked image tower that learn after all: 1 projection, 2 last block, ..."
     )
+    lock_image_freeze_bn_stats: bool = Field(
+        False, description="batch normalisations of a locked image tower of open_clip keep their statistics, too"
+    )
     lock_text: bool = Field(False, description="the text tower and its projection stay as they are")
     lock_text_unlocked_layers: int = Field(
         0, ge=0, description="last groups of a locked text tower that learn after all: 1 projection, 2 last block, ..."
@@ -184,18 +188,23 @@ class PretrainConfig(StageConfig):
             raise ValueError(
                 "give either model (to start from random weights) or initial (to go on from a trained CLIP)"
             )
-        if (self.eval is not None) != (self.trainer.eval_steps > 0):
-            raise ValueError("eval and trainer.eval_steps go together; only one of them is given")
+        check_eval_steps(self.eval, self.trainer)
         if self.soup is not None and self.soup.checkpoints > self.trainer.keep_checkpoints:
             raise ValueError(f"soup.checkpoints wants trainer.keep_checkpoints to be {self.soup.checkpoints} or more")
         self._consistent_objectives()
         if self.text_packing and self.text_groups > 1:
             raise ValueError("text_packing leaves no padding for text_groups to spare: give one of them")
+        if isinstance(self.model, ClipConfig):
+            check_ours(self)
         if self.initial_towers != "both" and self.initial is None:
             raise ValueError("initial_towers says which towers of initial are taken, which is not given")
-        for tower, unlocked in (("image", "lock_image_unlocked_groups"), ("text", "lock_text_unlocked_layers")):
-            if getattr(self, unlocked) and not getattr(self, f"lock_{tower}"):
-                raise ValueError(f"{unlocked} is for a locked tower: set lock_{tower}")
+        for tower, key in (
+            ("image", "lock_image_unlocked_groups"),
+            ("image", "lock_image_freeze_bn_stats"),
+            ("text", "lock_text_unlocked_layers"),
+        ):
+            if getattr(self, key) and not getattr(self, f"lock_{tower}"):
+                raise ValueError(f"{key} is for a locked tower: set lock_{tower}")
         return self
 
     def _consistent_objectives(self) -> None:
@@ -215,6 +224,16 @@ def writes_captions(model: AnyClipConfig) -> bool:
     return isinstance(model, OpenClipConfig) and model.writes_captions
 
 
+def check_ours(config: PretrainConfig) -> None:
+    """Refuse what only models of open_clip have for one of our own towers.
+
+    Raises:
+        ConfigError: the key is named.
+    """
+    if config.lock_image_freeze_bn_stats:
+        raise ConfigError("lock_image_freeze_bn_stats: our own ViT towers have no batch normalisation")
+
+
 def check_open_clip(config: PretrainConfig, model: OpenClipConfig) -> None:
     """Refuse what only our own towers have for a model that open_clip computes.
 
@@ -226,8 +245,6 @@ def check_open_clip(config: PretrainConfig, model: OpenClipConfig) -> None:
         "text_groups": config.text_groups > 1,
         "text_packing": config.text_packing,
         "initial_towers": config.initial_towers != "both",
-        "lock_image": config.lock_image,
-        "lock_text": config.lock_text,
         "force_patch_dropout": config.force_patch_dropout is not None,
     }
     for key, given in asked.items():
@@ -302,8 +319,8 @@ def run(config: PretrainConfig, context: RunContext) -> Artifact:
         context=context,
         phase=PHASE,
         metrics=lambda: data_metrics(loader),
-        evaluate=None if config.eval is None else while_training(config.eval, context, "eval."),
-        work=clip_work(model) if isinstance(model, CLIP) else None,
+        evaluate=None if config.eval is None else while_training(config.eval, context, "eval.", as_clip),
+        work=clip_work(model) if isinstance(model, CLIP) else open_clip_work(model),
         param_groups=clip_param_groups(
             model,
             config.trainer.optimizer.weight_decay,
@@ -376,7 +393,12 @@ def _model(config: PretrainConfig, context: RunContext) -> tuple[AnyClip, int | 
     if isinstance(model, OpenClip):
         check_open_clip(config, model.config)
         model.captions = "captions" in needed
+        if config.lock_image:
+            lock_open_clip_tower(model, "image", config.lock_image_unlocked_groups, config.lock_image_freeze_bn_stats)
+        if config.lock_text:
+            lock_open_clip_tower(model, "text", config.lock_text_unlocked_layers)
         return model, seed
+    check_ours(config)
     if config.initial is not None:
         if config.initial_towers != "both":
             model = take_towers(model, CLIP.from_seed(model.config, config.seed), config.initial_towers)

@@ -259,11 +259,12 @@ def _results(subject: Subject, kind: Kind) -> str:
         table = [row for row in table if EVAL_TASKS[tasks[row["task"]]["task"]].needs == kind.needs]
     if not table:
         return ""
+    losses = " (losses in nats a token)" if any(row.get("unit") == "nats" for row in table) else ""
     lines = [
         "## Results",
         "",
-        "Shares of 1, with 95% bootstrap intervals. *Chance* guesses blindly, *constant* is the best answer that "
-        "ignores the picture, *untrained* the same model before training; - where there is no such number.",
+        f"Shares of 1{losses}, with 95% bootstrap intervals. *Chance* guesses blindly, *constant* is the best answer "
+        "that ignores the picture, *untrained* the same model before training; - where there is no such number.",
         "",
         "| metric | value | 95% | n | chance | constant | untrained |",
         "| --- | --: | :-: | --: | --: | --: | --: |",

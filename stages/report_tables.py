@@ -40,6 +40,9 @@ def results_table(rows: list[dict[str, Any]], about: Mapping[str, str]) -> Marku
             task = row["task"]
             cell = tag("td", task.replace("_", " "), tag("span", about.get(task, "")), colspan=7)
             body.append(tag("tr", cell, class_="head"))
+        if row.get("unit", "share") != "share":
+            body.append(_plain_row(row))
+            continue
         marks = [Mark(name, row.get(name)) for name in BASELINES]
         chart = whisker(row["value"], row["low"], row["high"], marks, above_baselines(row))
         interval = f"{100 * row['low']:.1f}–{100 * row['high']:.1f}"
@@ -49,6 +52,15 @@ def results_table(rows: list[dict[str, Any]], about: Mapping[str, str]) -> Marku
     head = ["metric", "0 to 100%", "value", "95% interval", "chance", "untrained", "constant"]
     whole = tag("table", tag("thead", tag("tr", [tag("th", each) for each in head])), tag("tbody", body))
     return whisker_legend() + tag("div", whole, class_="scroll")
+
+
+def _plain_row(row: Mapping[str, Any]) -> Markup:
+    """A number that is no share of 1: without a chart."""
+    values = [row["value"], None, *(row.get(name) for name in BASELINES)]
+    shown: list[Child] = ["–" if value is None else f"{value:.4f}" for value in values]
+    shown[1] = f"{row['low']:.4f}–{row['high']:.4f}"
+    cells: list[Child] = [tag("code", row["metric"]), row["unit"], tag("b", shown[0]), *shown[1:]]
+    return tag("tr", [tag("td", cell, class_="num" if i >= 2 else None) for i, cell in enumerate(cells)])
 
 
 def read_examples(folder: Path) -> list[dict[str, Any]]:

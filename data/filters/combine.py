@@ -32,6 +32,11 @@ def in_sequence(filters: Sequence[Filter], table: pl.DataFrame) -> list[pl.Serie
     return verdicts
 
 
+def and_then(earlier: pl.Series, later: pl.Series) -> pl.Series:
+    """The verdict of a sequence: the first that does not keep decides, whatever later ones would have said."""
+    return pl.select(pl.when(earlier).then(later).otherwise(earlier)).to_series()
+
+
 class Combination(Filter):
     """A filter made of filters."""
 
@@ -67,7 +72,7 @@ class All(Combination):
         """True where all filters keep; otherwise the verdict of the first that does not."""
         keep = pl.Series("keep", [True], dtype=pl.Boolean).new_from_index(0, table.height)
         for verdict in in_sequence(self.filters, table):
-            keep = pl.select(pl.when(keep).then(verdict).otherwise(keep)).to_series()
+            keep = and_then(keep, verdict)
         return keep
 
     def parts(self) -> tuple[tuple[str, Filter], ...]:

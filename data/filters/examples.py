@@ -4,7 +4,6 @@ They are drawn by a hash of the uid, the smallest first: so the draws of parts c
 how the pool is cut.
 """
 
-import hashlib
 import io
 
 import numpy as np
@@ -14,10 +13,11 @@ from PIL import Image
 from mmfoundry.data.columns import as_utf8
 from mmfoundry.data.decode import DecodeLimits, UnreadableSample, decode_image
 from mmfoundry.data.filters.account import Judgement
-from mmfoundry.data.filters.subset import pairs_of
+from mmfoundry.data.filters.sample import draws_of
 from mmfoundry.data.reader import Pool
 from mmfoundry.data.sample import image_member, read_text
 from mmfoundry.data.table import first_samples
+from mmfoundry.data.uids import mixed
 
 SIDE = 96  # pixels, longer side of a thumbnail
 _CANDIDATES = {
@@ -54,7 +54,7 @@ def candidates_of(judgement: Judgement, count: int, seed: int) -> pl.DataFrame:
         for number in range(steps):
             for kept in (True, False):
                 these = samples.filter(pl.col("step") > number if kept else pl.col("step") == number)
-                draws = _draws(these["uid"], seed, number)
+                draws = mixed(draws_of(these["uid"], seed), number)  # other ones for each step
                 first = np.argsort(draws, kind="stable")[:count]
                 rows = (
                     these[first]
@@ -65,17 +65,6 @@ def candidates_of(judgement: Judgement, count: int, seed: int) -> pl.DataFrame:
                 )
                 found.append(rows.select(list(_CANDIDATES)))
     return pl.concat(found)
-
-
-def _draws(uids: pl.Series, seed: int, step: int) -> np.ndarray:
-    """uint64, one a uid, the same for the same uid, seed and step."""
-    salt = int.from_bytes(hashlib.blake2b(f"examples {seed} {step}".encode(), digest_size=8).digest(), "little")
-    mixed = pairs_of(uids)["f1"] ^ np.uint64(salt)
-    # the finaliser of MurmurHash3 (Appleby, public domain): neighbours in, strangers out
-    for factor in (0xFF51AFD7ED558CCD, 0xC4CEB9FE1A85EC53):
-        mixed ^= mixed >> np.uint64(33)
-        mixed *= np.uint64(factor)
-    return np.asarray(mixed ^ (mixed >> np.uint64(33)))
 
 
 def examples_of(

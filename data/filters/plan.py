@@ -20,7 +20,7 @@ import polars as pl
 from mmfoundry.data.derived.base import PACKAGED, Models, files_of
 from mmfoundry.data.filters.base import Filter, PoolFilter, name_of
 from mmfoundry.data.filters.basic import Readable
-from mmfoundry.data.filters.combine import All, AnyOf, Not
+from mmfoundry.data.filters.combine import All, AnyOf, Not, and_then
 from mmfoundry.data.filters.dedup import UniqueUid
 from mmfoundry.data.table_cache import key_of
 from mmfoundry.pipeline.artifact import fingerprint
@@ -77,12 +77,7 @@ class Verdict:
             return ~series[0]
         found = series[0]
         for later in series[1:]:
-            # "all" is a sequence: the first that does not keep decides, whatever later ones would have said
-            found = (
-                pl.select(pl.when(found).then(later).otherwise(found)).to_series()
-                if self.kind == "all"
-                else found | later
-            )
+            found = and_then(found, later) if self.kind == "all" else found | later
         return found
 
     def leaves(self) -> Iterator[int]:

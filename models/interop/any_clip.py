@@ -14,6 +14,7 @@ from mmfoundry.models.clip import CLIP, ClipConfig
 from mmfoundry.models.interop.load import OPEN_CLIP_CONFIG, OPEN_CLIP_WEIGHTS, load_any_clip, read_json, read_weights
 from mmfoundry.models.interop.open_clip import from_open_clip_config, named_model_cfg
 from mmfoundry.models.io import check_fit, save_clip, untrained_clip
+from mmfoundry.models.open_clip_groups import unfrozen_counts
 from mmfoundry.models.open_clip_model import OpenClip, OpenClipConfig, OpenClipPreprocess
 from mmfoundry.pipeline.artifact import write_atomic
 from mmfoundry.pipeline.config import parse
@@ -97,6 +98,7 @@ def save_any_clip(
     folder, config = Path(folder), model.config
     named = {name.removeprefix(_PREFIX): value for name, value in (state or model.state_dict()).items()}
     tensors = {name: value.detach().cpu().contiguous() for name, value in named.items()}
+    tensors |= unfrozen_counts(model.open_clip)
     if config.max_logit_scale is not None:  # what is written is the value as it acts
         tensors["logit_scale"] = tensors["logit_scale"].clamp(max=torch.tensor(config.max_logit_scale).log().item())
     folder.mkdir(parents=True, exist_ok=True)

@@ -82,6 +82,7 @@ class Matryoshka(Config):
         Returns:
             loss: () the weighted sum over widths; its mean over ranks is the joint loss if that holds for the
                 objectives inside. The metrics of each width are named `<width>/<metric>`.
+            scale: () and bias where an objective inside reads it: all widths share them.
 
         Raises:
             ValueError: a width is larger than the embeddings, or an objective inside refuses them.
@@ -96,7 +97,10 @@ class Matryoshka(Config):
             losses.append(importance * values["loss"])
             metrics |= {f"{width}/{name}": value.detach() for name, value in values.items()}
         total: Any = sum(losses)
-        return {"loss": total, **metrics}
+        shared = {"scale": output.scale.detach()}
+        if "bias" in self.needs:
+            shared["bias"] = output.bias.detach()
+        return {"loss": total, **shared, **metrics}
 
 
 matryoshka = OBJECTIVES.register("matryoshka")(Matryoshka())

@@ -12,9 +12,11 @@ from PIL import Image
 
 from mmfoundry.data.reader import Pool
 from mmfoundry.data.shards import write_shards
+from mmfoundry.evals.answer_loss import read_conversations
+from mmfoundry.evals.questions import Score, Talk
 from mmfoundry.evals.samples import Samples, select
 from mmfoundry.evals.suite import load_suite, parse_task, selections
-from mmfoundry.evals.task import EVAL_TASKS, Bench, Clip, Selection, TaskResult
+from mmfoundry.evals.task import EVAL_TASKS, Bench, Clip, Selection, TaskResult, Vlm
 from mmfoundry.pipeline.errors import ConfigError, DamagedInput, MissingInput
 
 COLOURS = {"red": (255, 0, 0), "green": (0, 255, 0), "blue": (0, 0, 255), "white": (255, 255, 255)}
@@ -99,13 +101,23 @@ def always_yes(pictures: list[np.ndarray], questions: list[str], picture_of: lis
     return ["yes"] * len(questions)
 
 
+def foresees(nats: float) -> Score:
+    """A token a letter, each as hard as another; vowels are foreseen."""
+
+    def score(talks: list[Talk]) -> np.ndarray:
+        said = ["".join(turn[-1]["content"] for turn in talk.conversations) for talk in talks]
+        return np.array([[nats * len(text), len(text), sum(map(text.count, "aeiou"))] for text in said])
+
+    return score
+
+
 def measure(pool: Pool, tree: dict, **bench: object) -> TaskResult:
     def opened(selection: Selection) -> Samples:
         return select(pool, selection.where, selection.limit)
 
     ready = {"clip": knows_colours(), "untrained_clip": knows_nothing()} | {
-        "answer": sees_colours,
-        "untrained_answer": always_yes,
+        "vlm": Vlm(sees_colours, foresees(0.5)),
+        "untrained_vlm": Vlm(always_yes, foresees(2.0)),
     }
     return parse_task("it", tree).run("it", Bench(open=opened, **(ready | bench)))
 
@@ -207,7 +219,9 @@ def test_pope_asks_nothing_twice(pool: Pool) -> None:
         assert set(picture_of) == set(range(len(pictures)))  # each picture once, however much is asked about it
         return always_yes(pictures, questions, picture_of)
 
-    bench = Bench(open=lambda selection: select(pool, selection.where, selection.limit), answer=counting)
+    bench = Bench(
+        open=lambda selection: select(pool, selection.where, selection.limit), vlm=Vlm(counting, foresees(1.0))
+    )
     scenes = {"scenes": {"data": "squares"}}
     parse_task("vqa", {"task": "vqa", **scenes}).run("vqa", bench)
     assert len(asked) == 160
@@ -222,20 +236,53 @@ def test_pope_asks_nothing_twice(pool: Pool) -> None:
     }
 
 
+def test_answer_loss(pool: Pool) -> None:
+    tree = {"task": "answer_loss", "scenes": {"data": "squares"}}
+    result = measure(pool, tree)
+    said = [each["answer"] for sample in squares() for each in sample["json"]["questions"]]
+    letters, vowels = (sum(map(len, said)), sum(sum(map(text.count, "aeiou")) for text in said))
+    assert rows_of(result) == {
+        "it_loss": (pytest.approx(0.5), None, None),
+        "it_token_accuracy": (pytest.approx(vowels / letters), None, None),
+    }
+    loss, accuracy = result.rows
+    assert (loss.unit, loss.n, loss.shown(), accuracy.unit) == ("nats", 80, "0.5000", "share")
+    assert loss.untrained == pytest.approx(2.0)
+    assert accuracy.low < accuracy.value < accuracy.high  # words differ in their vowels
+    few = measure(pool, tree | {"types": ["what"], "per_type": 10, "untrained_pictures": 0})
+    assert [(row.n, row.untrained) for row in few.rows] == [(10, None)] * 2
+    with pytest.raises(DamagedInput, match="smell"):
+        measure(pool, tree | {"types": ["smell"]})
+
+
+def test_messages_are_scored_where_there_are_no_questions(pool: Pool) -> None:
+    asked = select(pool, {"colour": "red"}, limit=2)
+    turns = [{"role": "user", "content": "What?"}, {"role": "assistant", "content": "red"}]
+    told, silent = asked.meta[1] | {"questions": [], "messages": turns}, {"colour": "red"}
+    samples = Samples(pool, [0, 1, 2], [[]] * 3, [asked.meta[0], told, silent])
+    found = read_conversations(samples)
+    assert [(row, len(conversations)) for row, conversations in found.items()] == [(0, 2), (1, 1)]
+    assert found[1] == [turns]
+    assert [*read_conversations(samples, ["what"])] == [0]
+    with pytest.raises(DamagedInput, match="no sample has questions or messages"):
+        read_conversations(Samples(pool, [2], [[]], [silent]))
+
+
 @pytest.mark.parametrize("name", sorted(EVAL_TASKS))
 def test_a_task_without_its_model_says_so(pool: Pool, name: str) -> None:
     selection = {"data": "squares"}
     fields = {key: selection for key in EVAL_TASKS[name].model_fields if key in ("pictures", "train", "test", "scenes")}
     label = {"label": "colour"} if "label" in EVAL_TASKS[name].model_fields else {}
     with pytest.raises(ConfigError, match=r"`clip`|`vlm`"):
-        measure(pool, {"task": name, **fields, **label}, clip=None, answer=None)
+        measure(pool, {"task": name, **fields, **label}, clip=None, vlm=None)
 
 
 def test_the_shipped_suite_parses_and_names_its_data() -> None:
     tasks = {name: parse_task(name, tree) for name, tree in load_suite("emoji").items()}
     named = {selection.data for task in tasks.values() for selection in selections(task)}
     assert named == {"pictures", "scenes", "questions"}
-    assert {type(task) for task in tasks.values()} == {EVAL_TASKS[name] for name in EVAL_TASKS}
+    lossless = {*EVAL_TASKS} - {"answer_loss"}  # which says little without the loss of the training beside it
+    assert {type(task) for task in tasks.values()} == {EVAL_TASKS[name] for name in lossless}
     with pytest.raises(ConfigError, match=r"unknown suite 'emojy'; did you mean emoji\?"):
         load_suite("emojy")
     with pytest.raises(ConfigError, match=r"tasks.it.lable is not a known key; did you mean label\?"):

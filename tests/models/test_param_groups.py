@@ -1,10 +1,14 @@
 """Rates by tower and by layer: who learns how fast."""
 
+import pytest
 import torch
 
+from mmfoundry.models.open_clip_model import OpenClip
 from mmfoundry.models.param_groups import TowerRate, TowerRates, clip_param_groups
+from mmfoundry.pipeline.errors import ConfigError
 from mmfoundry.pipeline.optimizers import decay_groups
 from tests.models.tiny import tiny_clip
+from tests.models.tiny_open_clip import config
 
 
 def rate_of(groups: list[dict], parameter: torch.nn.Parameter) -> float:
@@ -48,6 +52,39 @@ def test_layers_learn_slower_towards_the_input() -> None:
     spared = {id(each) for group in groups if group["weight_decay"] == 0 for each in group["params"]}
     assert spared == {id(each) for name, each in model.named_parameters() if name in model.no_weight_decay()}
     assert {group["part"] for group in groups} == {"image", "text", "joint"}
+
+
+def test_layers_of_open_clip_are_the_groups_of_its_lock() -> None:
+    rates = TowerRates(image=TowerRate(lr_scale=0.5, layer_decay=0.8), text=TowerRate(layer_decay=0.1))
+    model = OpenClip.from_seed(config("siglip"), 0)
+    model.open_clip.text.ln_final.requires_grad_(False)
+    groups = clip_param_groups(model, 0.1, rates)
+    vision, text = model.open_clip.visual, model.open_clip.text
+    expected = {
+        vision.conv1.weight: 0.5 * 0.8**3,
+        vision.transformer.resblocks[0].mlp.c_fc.weight: 0.5 * 0.8**2,
+        vision.transformer.resblocks[1].ln_1.bias: 0.5 * 0.8,
+        vision.ln_post.weight: 0.5 * 0.8,
+        vision.proj: 0.5,
+        text.token_embedding.weight: 0.1**3,
+        text.transformer.resblocks[0].attn.in_proj_weight: 0.1**2,
+        text.text_projection.weight: 1.0,
+        model.logit_scale: 1.0,
+    }
+    for parameter, rate in expected.items():
+        torch.testing.assert_close(rate_of(groups, parameter), rate)
+    learns = {id(each) for group in groups for each in group["params"]}
+    assert learns == {id(each) for each in model.parameters()} - {id(each) for each in text.ln_final.parameters()}
+    convnext = OpenClip.from_seed(config("convnext"), 0)  # timm's groups; the projection behind its trunk has none
+    groups = clip_param_groups(convnext, 0.1, TowerRates(image=TowerRate(layer_decay=0.5)))
+    assert rate_of(groups, convnext.open_clip.visual.head.proj.weight) == 1
+    assert rate_of(groups, convnext.open_clip.visual.trunk.stem[0].weight) == 0.5**13
+    for kind, message in (
+        ("resnet", "ModifiedResNet in groups: partial"),
+        ("coca", "groups leave 9 parameters of its"),
+    ):
+        with pytest.raises(ConfigError, match=rf"towers\.image\.layer_decay: open_clip.*{message}"):
+            clip_param_groups(OpenClip.from_seed(config(kind), 0), 0.1, TowerRates(image=TowerRate(layer_decay=0.5)))
 
 
 def test_what_is_no_hidden_matrix_can_stand_apart() -> None:

@@ -166,6 +166,14 @@ def test_the_log_has_every_step_and_evaluations(joint: Run, tmp_path: Path) -> N
     assert (metrics["steps"], metrics["samples"]) == (8, 96)
 
 
+def test_evaluations_leave_random_numbers_alone(with_dropout: Run, tmp_path: Path) -> None:
+    config = {"trainer": trainer_config(eval_steps=1), "dropout": 0.3}
+    assert_identical_run(train_tiny(None, str(tmp_path / "out"), config), with_dropout)
+    cut = str(tmp_path / "cut")
+    assert train_tiny(None, cut, config, ("SIGTERM", 4, 0)) == PREEMPTED_EXIT_CODE
+    assert_identical_run(train_tiny(None, cut, config), with_dropout)
+
+
 def test_full_disk_leaves_the_previous_checkpoint(
     with_dropout: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

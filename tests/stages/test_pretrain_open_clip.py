@@ -106,16 +106,27 @@ def test_both_losses_of_a_coca_fall_and_what_it_learnt_goes_on_its_way(shards: P
     assert released.manifest.metrics["max_difference"] < 1e-5
 
 
-@pytest.mark.parametrize("stage", [*(pytest.param(stage, marks=pytest.mark.slow) for stage in (0, 1, 2)), 3])
-def test_ranks_zero_stages_and_a_gradient_cache_give_the_joint_losses(stage: int, shards: Path, tmp_path: Path) -> None:
-    def config(**trainer: Any) -> dict[str, Any]:
-        return tree(shards, objectives={"coca": {"contrastive": {"tiled_info_nce": 1.0}}}, trainer=trainer)
+def tiled(shards: Path, **trainer: Any) -> dict[str, Any]:
+    return tree(shards, objectives={"coca": {"contrastive": {"tiled_info_nce": 1.0}}}, trainer=trainer)
 
-    expected = curve(logged(None, str(tmp_path / "one"), config()))
-    cached = curve(logged(None, str(tmp_path / "cached"), config(grad_cache_chunk_size=3)))
-    assert cached == pytest.approx(expected, rel=1e-5)
-    for found in run_ranks(logged, 2, str(tmp_path / "two"), config(zero_optimization={"stage": stage})):
-        assert curve(found) == pytest.approx(expected, rel=1e-5)
+
+@pytest.fixture(scope="module")
+def joint(shards: Path, tmp_path_factory: pytest.TempPathFactory) -> list[float]:
+    """A CoCa's losses on one process."""
+    return curve(logged(None, str(tmp_path_factory.mktemp("joint") / "out"), tiled(shards)))
+
+
+def test_a_gradient_cache_gives_the_joint_losses(joint: list[float], shards: Path, tmp_path: Path) -> None:
+    cached = curve(logged(None, str(tmp_path / "cached"), tiled(shards, grad_cache_chunk_size=3)))
+    assert cached == pytest.approx(joint, rel=1e-5)
+
+
+@pytest.mark.parametrize("stage", [*(pytest.param(stage, marks=pytest.mark.slow) for stage in (0, 2)), 1, 3])
+def test_ranks_and_zero_stages_give_the_joint_losses(
+    stage: int, joint: list[float], shards: Path, tmp_path: Path
+) -> None:
+    for found in run_ranks(logged, 2, str(tmp_path / "two"), tiled(shards, zero_optimization={"stage": stage})):
+        assert curve(found) == pytest.approx(joint, rel=1e-5)
 
 
 def test_micro_batches_weigh_tokens_and_pairs_each_in_its_way(shards: Path, tmp_path: Path) -> None:
@@ -142,6 +153,25 @@ def test_other_towers_learn(kind: str, shards: Path, tmp_path: Path) -> None:
     assert curve(logged(None, str(tmp_path / "more"), again))[0] < losses[0] - 0.2
 
 
+@pytest.mark.parametrize(("world", "stage"), [(1, 0), (2, 3)])
+def test_a_locked_resnet_stays_whole_and_what_it_costs_is_logged(
+    world: int, stage: int, shards: Path, tmp_path: Path
+) -> None:
+    trainer = {"logging_steps": 1, "zero_optimization": {"stage": stage}}
+    locked = tree(shards, "resnet", trainer=trainer, lock_image=True, lock_image_freeze_bn_stats=True)
+    args = (str(tmp_path / "out"), locked)
+    lines = logged(None, *args) if world == 1 else run_ranks(logged, world, *args)[0]
+    assert all(line["tflops_per_device"] > 0 and line["tokens_per_second"] > 0 for line in lines)
+    made = read_clip(tmp_path / "out").state_dict()
+    start = OpenClip.from_seed(parse(PretrainConfig, locked).model, 3).state_dict()  # type: ignore[arg-type]
+    changed = {name.split(".")[1] for name, value in start.items() if not torch.equal(value, made[name])}
+    assert "visual" not in changed
+    assert changed >= {"transformer", "text_projection", "logit_scale"}
+    ours = {"model": "ViT-B-32", "objectives": {"info_nce": 1.0}}
+    with pytest.raises(ConfigError, match="lock_image_freeze_bn_stats: our own ViT towers have no batch normalisation"):
+        parse(PretrainConfig, tree(shards, **ours, lock_image=True, lock_image_freeze_bn_stats=True))
+
+
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
@@ -151,7 +181,7 @@ def test_other_towers_learn(kind: str, shards: Path, tmp_path: Path) -> None:
         ),
         ({"model": "coca_roberta-ViT-B-32"}, "the text tower roberta-base comes from the Hugging Face hub"),
         ({"text_groups": 2}, "text_groups: only our own ViT towers have it"),
-        ({"lock_image": True}, "lock_image: only our own ViT towers have it"),
+        ({"lock_image_freeze_bn_stats": True}, "lock_image_freeze_bn_stats is for a locked tower: set lock_image"),
         ({"force_patch_dropout": 0.5}, "force_patch_dropout: only our own ViT towers have it"),
         ({"model": "ViT-B-32"}, "captioning needs a model with a text decoder, such as open_clip's coca_ViT-B-32"),
         ({"objectives": {"siglip": 1.0}}, r"needs model\.init_logit_bias"),

@@ -172,6 +172,8 @@ def test_a_card_tells_what_the_manifests_know(released: Artifact, models: Path) 
     assert "- Parent, MIT" not in text
     assert "- Parent, MIT" in card(released.path / "vlm-lora")[1]
     assert f"`mmfoundry eval eval.yaml output={models / 'eval'}`" in text
+    assert "Shares of 1, with 95%" in card(released.path / "clip-lora")[1]
+    assert "Shares of 1 (losses in nats a token), with 95%" in card(released.path / "vlm-lora")[1]
 
 
 def test_files_have_one_mode(released: Artifact) -> None:

@@ -21,7 +21,7 @@ from mmfoundry.stages.eval import STAGE as EVAL
 from mmfoundry.stages.eval import EvalConfig
 from mmfoundry.stages.filter import STAGE as FILTER
 from mmfoundry.stages.filter import FilterConfig
-from mmfoundry.stages.report_tables import above_baselines
+from mmfoundry.stages.report_tables import above_baselines, results_table
 from mmfoundry.stages.scenes import STAGE as SCENES
 from mmfoundry.stages.scenes import ScenesConfig
 from tests.data.drawn import write_pictures
@@ -107,6 +107,18 @@ def run_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     made("adapt", folder / "adapt", adapt, **gains)
     made("release", folder / "release", release, folders=1)
     return folder
+
+
+def test_a_loss_is_no_share() -> None:
+    rows = [
+        ROW | {"metric": "held_accuracy"},
+        ROW | {"metric": "held_loss", "value": 2.5, "high": 2.75, "unit": "nats"},
+    ]
+    text = str(results_table(rows, {}))
+    assert text.count("<circle") == str(results_table(rows[:1], {})).count("<circle")  # no chart
+    assert "<b>2.5000</b>" in text
+    assert "0.4000–2.7500" in text
+    assert "250" not in text  # percent
 
 
 def test_every_stage_has_its_part(run_folder: Path) -> None:

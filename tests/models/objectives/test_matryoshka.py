@@ -24,6 +24,8 @@ def test_the_sum_over_widths() -> None:
     torch.testing.assert_close(gradients(values["loss"], ours), gradients(theirs, ours))
     torch.testing.assert_close(values["4/loss"], ClipLoss()(*cut(ours, 4)[:3]).detach())
     assert not any(value.requires_grad for name, value in values.items() if name != "loss")
+    assert values["scale"] == values["4/scale"] == ours.scale  # as every other objective logs it
+    assert "bias" not in values
 
 
 def test_over_several_objectives() -> None:
@@ -32,6 +34,7 @@ def test_over_several_objectives() -> None:
     values = weighted_sum({"matryoshka": {"weight": 3.0, "dims": [8], "over": inside}})(ours, {})
     expected = 3 * weighted_sum(inside)(cut(ours, 8), {})["loss"]
     torch.testing.assert_close(gradients(values["loss"], ours), gradients(expected, ours))
+    assert values["matryoshka/bias"] == ours.bias
     assert needs(objective_with("matryoshka", {"over": inside})) == {"bias"}
 
 
