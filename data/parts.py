@@ -196,8 +196,9 @@ def metadata_parts(files: Sequence[Path], columns: Collection[str]) -> tuple[lis
             continue
         _require(path, known, columns)
         state = path.stat()
-        pieces = -(-rows // MAX_ROWS)
-        cuts = [rows * piece // pieces for piece in range(pieces + 1)]  # of one size, so that no worker is done early
+        pieces = -(-rows // MAX_ROWS)  # 0 of a file without rows
+        # of one size, so that no worker is done early
+        cuts = [rows * piece // pieces for piece in range(pieces + 1)] if pieces else []
         for start, end in pairwise(cuts):
             identity = key_of(path.name, state.st_size, state.st_mtime_ns, start)
             parts.append(MetadataPart(len(parts), path.name, identity, path, start, end - start))

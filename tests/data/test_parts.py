@@ -137,6 +137,16 @@ def test_a_file_that_cannot_be_read_is_left_out_and_named(tmp_path: Path) -> Non
         metadata_parts([bad], [])
 
 
+def test_a_file_without_rows_is_no_part(tmp_path: Path) -> None:
+    write(tmp_path / "a.parquet", uid=[], text=[])
+    with pytest.raises(MissingInput, match="no row in its 1 parquet files"):
+        metadata_parts(metadata_files(tmp_path), [])
+    write(tmp_path / "b.parquet", x=[1, 2])
+    found, broken = metadata_parts(metadata_files(tmp_path), [])
+    assert [(part.name, part.count) for part in found] == [("b.parquet", 2)]
+    assert not broken
+
+
 def test_an_altered_file_is_noticed(tmp_path: Path) -> None:
     file = write(tmp_path / "a.parquet", x=[1, 2])
     found, _ = metadata_parts([file], [])
