@@ -190,14 +190,15 @@ def run_stage(stage: Stage, config: StageConfig, output: str | Path, runtime: Ru
     inputs = resolve_inputs(stage, config)
     with _lock(output) if runtime.is_main else contextlib.nullcontext():
         records = record_inputs(config, inputs) if runtime.is_main else {}
-        if runtime.is_main:
-            _prepare(stage, config, output, records)
+        aside = _prepare(stage, config, output, records) if runtime.is_main else None
         barrier(runtime.group)
         if (output / MANIFEST).is_file():  # left in place by `_prepare`: it holds
             artifact = Artifact.open(output)
         else:
             seed_everything(config.seed)
             context = RunContext(stage, output, work_folder(output), runtime, config, inputs, records)
+            if aside:
+                context.log.say(f"{stage.name}: {aside}")
             artifact = _run(stage, context)
     if stage.deliver is not None and runtime.is_main:
         stage.deliver(config, artifact)
@@ -309,20 +310,25 @@ def _flat(tree: Any, prefix: str = "") -> dict[str, Any]:
     return {key: leaf for name, value in pairs for key, leaf in _flat(value, f"{prefix}.{name}".strip(".")).items()}
 
 
-def _prepare(stage: Stage, config: StageConfig, output: Path, records: dict[str, InputRecord]) -> None:
-    """Leave either the artifact that holds, or a work folder claimed for this config, in place."""
+def _prepare(stage: Stage, config: StageConfig, output: Path, records: dict[str, InputRecord]) -> str | None:
+    """Leave either the artifact that holds, or a work folder claimed for this config, in place.
+
+    Returns:
+        What was moved aside, and why, in words.
+    """
     now = standing(stage, config, output, records)
     if now.action == "skip":
-        return
+        return None
     if output.exists() and not (output / MANIFEST).is_file():
         if not output.is_dir() or any(output.iterdir()):
             raise ConfigError(f"{output}: exists and is not an artifact of mmfoundry; choose another output folder")
         output.rmdir()
     work = work_folder(output)
+    moved = None
     if now.action == "run" and work.exists():
-        _set_aside(work, output)
+        moved = _set_aside(work, output)
     if output.exists():
-        _set_aside(output, output)
+        moved = _set_aside(output, output)
     work.mkdir(parents=True, exist_ok=True)
     claim = {
         "stage": stage.name,
@@ -333,13 +339,16 @@ def _prepare(stage: Stage, config: StageConfig, output: Path, records: dict[str,
         "begun": time.time(),
     }
     write_atomic(work / CLAIM, json.dumps(claim, indent=2) + "\n")
+    return f"{now.why}; {moved}" if moved else None
 
 
-def _set_aside(folder: Path, output: Path) -> None:
+def _set_aside(folder: Path, output: Path) -> str:
     stale = output.with_name(f"{output.name}.stale")
-    if stale.exists():
+    replaced = stale.exists()
+    if replaced:
         shutil.rmtree(stale)
     os.rename(folder, stale)
+    return f"{folder.name} is now {stale.name}{', in place of an older one' if replaced else ''}"
 
 
 def _read_claim(work: Path) -> dict[str, Any] | None:
