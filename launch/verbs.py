@@ -17,7 +17,7 @@ from mmfoundry.pipeline.config import StageConfig, apply_overrides, inputs_of, l
 from mmfoundry.pipeline.engine_config import deepspeed_config, engines_in
 from mmfoundry.pipeline.errors import ConfigError, MissingInput
 from mmfoundry.pipeline.recipe import load_recipe, stage_entries
-from mmfoundry.pipeline.stage import Stage, record_inputs, resolve_inputs, run_stage, standing
+from mmfoundry.pipeline.stage import Stage, check_apart, record_inputs, resolve_inputs, run_stage, standing
 
 if TYPE_CHECKING:
     from mmfoundry.pipeline.distributed import Runtime
@@ -88,9 +88,11 @@ def describe(job: Job) -> str:
     """What `execute` would do with a job, in one line; its whole config; what DeepSpeed is told. Nothing is written.
 
     Raises:
-        ConfigError: a user's own DeepSpeed file contradicts the config, or a batch does not divide over the ranks.
+        ConfigError: a user's own DeepSpeed file contradicts the config, a batch does not divide over the ranks, or the
+            output lies in an input.
     """
     inputs = resolve_inputs(job.stage, job.config)
+    check_apart(job.stage, job.output.absolute(), inputs)
     now = standing(job.stage, job.config, job.output.absolute(), record_inputs(job.config, inputs))
     lines = [f"{job.stage.name} -> {job.output}: {now.action}, {now.why}"]
     lines.append(yaml.safe_dump(job.config.model_dump(mode="json"), sort_keys=False, allow_unicode=True).rstrip())

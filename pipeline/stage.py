@@ -180,7 +180,7 @@ def run_stage(stage: Stage, config: StageConfig, output: str | Path, runtime: Ru
         runtime: this process among those that run the stage.
     Raises:
         MissingInput: an input is not there; raised before anything is written.
-        ConfigError: `output` is a folder of something else.
+        ConfigError: `output` is a folder of something else, or in an input's folder, or an input is in it.
         NotEnoughSpace: the disk filled up; the work is kept.
         MmfoundryError: another process is running this stage in this place.
     """
@@ -188,6 +188,7 @@ def run_stage(stage: Stage, config: StageConfig, output: str | Path, runtime: Ru
 
     output = Path(os.path.abspath(output))
     inputs = resolve_inputs(stage, config)
+    check_apart(stage, output, inputs)
     with _lock(output) if runtime.is_main else contextlib.nullcontext():
         records = record_inputs(config, inputs) if runtime.is_main else {}
         aside = _prepare(stage, config, output, records) if runtime.is_main else None
@@ -235,6 +236,23 @@ def resolve_inputs(stage: Stage, config: StageConfig) -> dict[str, Path]:
         except MissingInput as error:
             raise MissingInput(f"{stage.name}.{name}: {error}") from error
     return found
+
+
+def check_apart(stage: Stage, output: Path, inputs: Mapping[str, Path]) -> None:
+    """Refuse an output that would change an input, or whose moving aside would take an input along.
+
+    Raises:
+        ConfigError: input and output are named.
+    """
+    place = output.resolve()
+    for name, path in inputs.items():
+        found = path.resolve()
+        if found.is_relative_to(place):
+            raise ConfigError(f"{stage.name}.{name}: {path} lies in the output, {output}; choose another output folder")
+        if place.is_relative_to(found) and not (found / MANIFEST).is_file():  # an artifact is known by its manifest
+            raise ConfigError(
+                f"{output}: lies in {stage.name}.{name}, {path}, which it would change; choose another output folder"
+            )
 
 
 def record_inputs(config: StageConfig, inputs: dict[str, Path]) -> dict[str, InputRecord]:

@@ -120,6 +120,19 @@ def test_a_failed_stage_leaves_no_artifact_and_goes_on(source: Path, tmp_path: P
     assert not (out / "stage.json").exists()
 
 
+def test_an_output_and_an_input_are_apart(source: Path, tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match=r"source/out: lies in count\.source, .*/source, which it would change"):
+        count(source, source / "out")
+    assert sorted(path.name for path in source.iterdir()) == ["a.txt"]
+    made = count(source, tmp_path / "made")
+    for inside in (made.path, made.path / "step-0.txt"):
+        with pytest.raises(ConfigError, match=r"count\.source: .* lies in the output, .*/made;"):
+            count(inside, made.path)
+    assert made.damage() is None
+    count(made.path, made.path / "again")  # an artifact is known by its manifest, whatever else lies in its folder
+    assert where_it_stands(made.path, made.path / "again")[0] == "skip"
+
+
 def test_stale_work_is_moved_aside(source: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     out = tmp_path / "out"
     with pytest.raises(MissingInput):

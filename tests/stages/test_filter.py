@@ -276,6 +276,10 @@ def test_a_config_that_cannot_be_meant_names_its_place() -> None:
         parse(FilterConfig, {"pool": "p", "filters": {"all": [{"basic": {"min_sidee": 1}}]}}, "x.yaml", "filter")
     with pytest.raises(ConfigError, match=r"filters: expression\.formula: unknown column 'widht'; did you mean width"):
         config("pool", filters={"expression": "widht > 3"})
+    with pytest.raises(
+        ConfigError, match=r"unknown column 'caption_word'; did you mean caption_words\? known: .*language"
+    ):
+        config("pool", filters={"expression": "caption_word > 3"})
 
 
 def test_no_pool(tmp_path: Path) -> None:
