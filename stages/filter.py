@@ -63,7 +63,7 @@ class FilterConfig(ScoringConfig, StageConfig):
 
     pool: ShardsRef = Field(
         description="raw tars: an artifact, a folder, a tar, a glob, a hub id or a URL; or DataComp's metadata: a "
-        "folder of parquet files (with their npz beside them), or one such file"
+        "folder or pattern of parquet files (with their npz beside them)"
     )
     filters: dict[str, Any] = Field(description="filter tree, e.g. {all: [{basic: {min_side: 64}}, exact_duplicate]}")
     alone: bool = Field(

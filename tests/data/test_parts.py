@@ -97,6 +97,12 @@ def test_where_metadata_lies(tmp_path: Path) -> None:
     file = write(tmp_path / "pool" / "metadata" / "a.parquet", x=[1])
     (tmp_path / "pool" / "shards").mkdir()
     assert metadata_files(tmp_path / "pool") == metadata_files(file.parent) == metadata_files(file) == [file]
+    other = write(file.with_name("b.parquet"), x=[1])
+    assert (
+        metadata_files(file.with_name("*.parquet")) == metadata_files(file.with_name("{a,b}.parquet")) == [file, other]
+    )
+    assert metadata_files(tmp_path / "**" / "b.parquet") == [other]
+    assert metadata_files(tmp_path / "pool" / "*.tar") == []
     write(tmp_path / "img2dataset" / "00000.parquet", x=[1])
     (tmp_path / "img2dataset" / "00000.tar").write_bytes(bytes(10240))
     assert metadata_files(tmp_path / "img2dataset") == []
