@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -62,7 +62,7 @@ def prepare(stages: Stages, stage_name: str, config: Path, arguments: Sequence[s
     for field, ref in inputs_of(parsed).items():
         if "${" in ref:
             raise ConfigError(f"{config}: {field}: {ref} means an entry of a recipe, but this config is one stage's")
-    return Job(stage, parsed, Path(special.get("output", Path("runs") / config.stem / stage_name)))
+    return Job(stage, parsed, _output(special, Path("runs") / config.stem / stage_name))
 
 
 def _from_recipe(
@@ -81,7 +81,12 @@ def _from_recipe(
                 f"{path}: {name} reads ${{{upstream}}}, and {made} is not there yet: "
                 f"mmfoundry run {path} --until {upstream}"
             )
-    return Job(entry.stage, entry.config, Path(special.get("output", entry.output)))
+    return Job(entry.stage, entry.config, _output(special, entry.output))
+
+
+def _output(special: Mapping[str, str], usual: Path) -> Path:
+    """Where the artifact goes; a shell that leaves `~` alone in `output=~/x` means the home folder, too."""
+    return Path(special["output"]).expanduser() if "output" in special else usual
 
 
 def describe(job: Job) -> str:
