@@ -7,6 +7,7 @@ DataComp's metadata (Gadre et al. 2023, arXiv 2304.14108, appendix) is parquet w
 
 from __future__ import annotations
 
+import glob
 import zipfile
 from abc import ABC, abstractmethod
 from collections.abc import Collection, Sequence
@@ -17,6 +18,7 @@ from pathlib import Path
 
 import numpy as np
 import polars as pl
+from braceexpand import braceexpand
 
 from mmfoundry.data.columns import IDENTITY, JSON_PREFIX, UID_NUMBERS, column_named
 from mmfoundry.data.table_cache import key_of
@@ -158,7 +160,7 @@ class MetadataPart(Part):
 
 
 def metadata_files(pool: Path) -> list[Path]:
-    """The metadata files of a pool: a parquet file, a folder of them, or a folder with such a folder `metadata`.
+    """The metadata files of a pool: a parquet file, a pattern, a folder of them, or one that has it as `metadata`.
 
     Returns:
         Sorted; empty where the pool is one of tars.
@@ -166,7 +168,10 @@ def metadata_files(pool: Path) -> list[Path]:
     if pool.is_file():
         return [pool] if pool.suffix == ".parquet" else []
     if not pool.is_dir():
-        return []
+        if pool.suffix != ".parquet":
+            return []
+        names = {name for pattern in braceexpand(str(pool)) for name in glob.glob(pattern, recursive=True)}
+        return [Path(name) for name in sorted(names)]
     folder = pool / "metadata" if (pool / "metadata").is_dir() else pool
     if folder == pool and any(pool.glob("*.tar")):
         return []  # img2dataset lays a parquet file beside each tar; the tar says the same
@@ -196,8 +201,9 @@ def metadata_parts(files: Sequence[Path], columns: Collection[str]) -> tuple[lis
             continue
         _require(path, known, columns)
         state = path.stat()
-        pieces = -(-rows // MAX_ROWS)
-        cuts = [rows * piece // pieces for piece in range(pieces + 1)]  # of one size, so that no worker is done early
+        pieces = -(-rows // MAX_ROWS)  # 0 of a file without rows
+        # of one size, so that no worker is done early
+        cuts = [rows * piece // pieces for piece in range(pieces + 1)] if pieces else []
         for start, end in pairwise(cuts):
             identity = key_of(path.name, state.st_size, state.st_mtime_ns, start)
             parts.append(MetadataPart(len(parts), path.name, identity, path, start, end - start))

@@ -193,7 +193,7 @@ def attempt(
             raise UnreadableSample("shard changed", f"{source.name} is not what it was when opened") from error
         except source.transient as error:
             why = reason(error, source)
-            if is_permanent(error):
+            if is_permanent(error) or isinstance(error, source.refused):
                 raise StorageError(f"{source.name}: access is refused ({why})") from error
             now = len(progress or b"")
             failures, done = 1 if now - done >= _PROGRESS_BYTES else failures + 1, now

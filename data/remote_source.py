@@ -34,11 +34,13 @@ class Source(ABC):
         size: bytes; known once `open` has returned, as is `version`.
         version: what changes when its bytes do; "" where the server tells none.
         transient: exceptions that another attempt may not meet, unless `is_permanent` says so.
+        refused: those of them that every attempt meets, as nobody said how to log in.
     """
 
     size = 0
     version = ""
     transient: tuple[type[Exception], ...] = (OSError, EOFError)
+    refused: tuple[type[Exception], ...] = ()
 
     def __init__(self, url: str):
         self.url, self.name = url, shown(url)
@@ -201,10 +203,11 @@ class _Bucket(Source):
         self._file: Any = None
         self._changed: tuple[type[Exception], ...] = ()
         if scheme == "s3":
-            from botocore.exceptions import BotoCoreError, ClientError
+            from botocore.exceptions import BotoCoreError, ClientError, NoCredentialsError, PartialCredentialsError
             from s3fs.utils import FileExpired
 
             self.transient = (OSError, EOFError, BotoCoreError, ClientError)
+            self.refused = (NoCredentialsError, PartialCredentialsError)
             self._changed = (FileExpired,)
         elif SCHEMES[scheme] == "gs":
             import aiohttp

@@ -23,7 +23,7 @@ def rewritten(raw: RawSample, uid: str, kept: Collection[int | None] | None) -> 
     left = [caption for i, caption in enumerate(captions) if i in numbers]
     changed: dict[str, Any] = {}
     if len(left) < len(captions):
-        if "captions" in meta:
+        if "captions" in meta or "txt" not in raw.members:  # which come before `caption`
             meta["captions"] = left
         if "txt" in raw.members:
             lines = [line.strip() for line in raw.members["txt"].decode("utf-8", "replace").splitlines()]

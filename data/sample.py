@@ -100,7 +100,8 @@ def image_member(members: dict[str, bytes]) -> bytes | None:
 def read_text(raw: RawSample) -> tuple[list[str], list[dict[str, Any]] | None, dict[str, Any]]:
     """Captions, messages and other metadata of a sample, without decoding its image.
 
-    Captions are the JSON's `captions` where it has them, otherwise the lines of `txt`; blank ones are left out.
+    Captions are the JSON's `captions` where it has them, otherwise the lines of `txt`, otherwise those of the JSON's
+    `caption`, as img2dataset has it; blank ones are left out.
 
     Raises:
         UnreadableSample: there is too much text, it is not UTF-8, the JSON is broken or not an object, or a field has
@@ -115,7 +116,7 @@ def read_text(raw: RawSample) -> tuple[list[str], list[dict[str, Any]] | None, d
     messages = meta.pop("messages", None)
     if captions is None:
         try:
-            captions = raw.members.get("txt", b"").decode("utf-8").splitlines()
+            captions = raw.members["txt"].decode("utf-8").splitlines() if "txt" in raw.members else _caption(meta)
         except UnicodeDecodeError as error:
             raise UnreadableSample("text is not UTF-8", str(error)) from error
     if not isinstance(captions, list) or not all(isinstance(caption, str) for caption in captions):
@@ -123,6 +124,11 @@ def read_text(raw: RawSample) -> tuple[list[str], list[dict[str, Any]] | None, d
     if messages is not None and not (isinstance(messages, list) and all(isinstance(turn, dict) for turn in messages)):
         raise UnreadableSample("messages are not a list of objects")
     return [caption.strip() for caption in captions if caption.strip()], messages, meta
+
+
+def _caption(meta: dict[str, Any]) -> list[str]:
+    caption = meta.get("caption")
+    return caption.splitlines() if isinstance(caption, str) else []
 
 
 def to_sample(raw: RawSample, limits: DecodeLimits | None = None, *, lazy: bool = False) -> Sample:

@@ -83,6 +83,11 @@ def _local(path: Path) -> list[Shard]:
     if path.is_dir():
         found = sorted(path.glob("*.tar")) or sorted(path.rglob("*.tar"))
         found = [tar for tar in found if not tar.name.startswith(".")]
+        plain = {tar.name for tar in found}
+        for other in sorted(path.iterdir()):  # a folder that is unpacked in part would be read in part
+            for suffix in COMPRESSED:
+                if other.name.endswith(suffix) and f"{other.name.removesuffix(suffix)}.tar" not in plain:
+                    _refuse_compressed(other)
         if not found:
             raise MissingInput(f"{path}: no *.tar in this folder")
         return list(found)

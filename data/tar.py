@@ -16,6 +16,7 @@ _ZEROS = bytes(BLOCK)
 _REGULAR = b"0\x007"  # 7: a file that some system kept in one piece
 _RECORD = 20 * BLOCK  # tar writers fill up their last record with zeros
 _MAX_SPARSE_BLOCKS = 1 << 16
+_COMPRESSED = (b"\x1f\x8b", b"BZh", b"\xfd7zXZ", b"\x28\xb5\x2f\xfd")  # how gzip, bzip2, xz and zstd begin
 _DIRECTORY = b"5"
 _PAX, _PAX_GLOBAL, _GNU_NAME, _GNU_LINK, _GNU_SPARSE = b"x", b"g", b"L", b"K", b"S"
 _REFUSED = {
@@ -67,9 +68,9 @@ def walk_tar(read: Read, size: int) -> Iterator[TarMember | Damage]:
         size: bytes of the file.
     Yields:
         A `TarMember` for every regular file whose payload lies whole inside the file; a `Damage` with reason
-        "damaged header", "cut off" (a payload that ends behind the file's end, or no end marker), "link", "device",
-        "sparse member", "unknown member type", "damaged long name", "end marker inside" (zeros where a header should
-        be, and more members after them) or "junk after the end".
+        "damaged header", "compressed" (no tar, but one inside), "cut off" (a payload that ends behind the file's end,
+        or no end marker), "link", "device", "sparse member", "unknown member type", "damaged long name", "end marker
+        inside" (zeros where a header should be, and more members after them) or "junk after the end".
     """
     offset = 0
     extension = _Extension()
@@ -114,7 +115,8 @@ def walk_tar(read: Read, size: int) -> Iterator[TarMember | Damage]:
 def _recover(read: Read, offset: int, size: int, block: bytes) -> tuple[Damage | None, int | None]:
     """What a block that is no header means, and where the next header is (None: the shard ends here)."""
     if block != _ZEROS:
-        return Damage(offset, "damaged header", _legible_path(block)), _next_header(read, offset + BLOCK, size)
+        reason = "compressed" if offset == 0 and block.startswith(_COMPRESSED) else "damaged header"
+        return Damage(offset, reason, _legible_path(block)), _next_header(read, offset + BLOCK, size)
     after = _next_block(read, offset, size)
     if after is None:  # the end marker
         return None, None

@@ -128,7 +128,8 @@ def find_wordnet(folder: Path | None = None) -> Path:
     where = "in the usual places" if folder is None else f"in {folder}"
     raise MissingInput(
         f"WordNet (index.noun) is not {where}; get it by `apt-get install wordnet-base` or `python -m nltk.downloader "
-        f"wordnet`, or name its folder in the parameter wordnet (looked in {', '.join(map(str, places))})"
+        f"wordnet`, or name its folder in WNSEARCHDIR or text_based's parameter wordnet (looked in "
+        f"{', '.join(map(str, places))})"
     )
 
 

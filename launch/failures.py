@@ -75,7 +75,9 @@ def system_error(error: Exception) -> str | None:
         name = getattr(error, "filename", None)
         return f"no space left on the disk{f' of {name}' if name else ''}; free some and run the same command again"
     if (
-        isinstance(error, FileNotFoundError | PermissionError | IsADirectoryError | NotADirectoryError)
+        isinstance(
+            error, FileNotFoundError | FileExistsError | PermissionError | IsADirectoryError | NotADirectoryError
+        )
         and error.filename
     ):
         return f"{error.filename}: {(error.strerror or 'cannot be read').lower()}"

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -17,7 +17,7 @@ from mmfoundry.pipeline.config import StageConfig, apply_overrides, inputs_of, l
 from mmfoundry.pipeline.engine_config import deepspeed_config, engines_in
 from mmfoundry.pipeline.errors import ConfigError, MissingInput
 from mmfoundry.pipeline.recipe import load_recipe, stage_entries
-from mmfoundry.pipeline.stage import Stage, record_inputs, resolve_inputs, run_stage, standing
+from mmfoundry.pipeline.stage import Stage, check_apart, record_inputs, resolve_inputs, run_stage, standing
 
 if TYPE_CHECKING:
     from mmfoundry.pipeline.distributed import Runtime
@@ -62,7 +62,7 @@ def prepare(stages: Stages, stage_name: str, config: Path, arguments: Sequence[s
     for field, ref in inputs_of(parsed).items():
         if "${" in ref:
             raise ConfigError(f"{config}: {field}: {ref} means an entry of a recipe, but this config is one stage's")
-    return Job(stage, parsed, Path(special.get("output", Path("runs") / config.stem / stage_name)))
+    return Job(stage, parsed, _output(special, Path("runs") / config.stem / stage_name))
 
 
 def _from_recipe(
@@ -81,16 +81,23 @@ def _from_recipe(
                 f"{path}: {name} reads ${{{upstream}}}, and {made} is not there yet: "
                 f"mmfoundry run {path} --until {upstream}"
             )
-    return Job(entry.stage, entry.config, Path(special.get("output", entry.output)))
+    return Job(entry.stage, entry.config, _output(special, entry.output))
+
+
+def _output(special: Mapping[str, str], usual: Path) -> Path:
+    """Where the artifact goes; a shell that leaves `~` alone in `output=~/x` means the home folder, too."""
+    return Path(special["output"]).expanduser() if "output" in special else usual
 
 
 def describe(job: Job) -> str:
     """What `execute` would do with a job, in one line; its whole config; what DeepSpeed is told. Nothing is written.
 
     Raises:
-        ConfigError: a user's own DeepSpeed file contradicts the config, or a batch does not divide over the ranks.
+        ConfigError: a user's own DeepSpeed file contradicts the config, a batch does not divide over the ranks, or the
+            output lies in an input.
     """
     inputs = resolve_inputs(job.stage, job.config)
+    check_apart(job.stage, job.output.absolute(), inputs)
     now = standing(job.stage, job.config, job.output.absolute(), record_inputs(job.config, inputs))
     lines = [f"{job.stage.name} -> {job.output}: {now.action}, {now.why}"]
     lines.append(yaml.safe_dump(job.config.model_dump(mode="json"), sort_keys=False, allow_unicode=True).rstrip())

@@ -17,7 +17,7 @@ from pydantic import Field, field_validator
 from torch import Tensor, nn
 
 from mmfoundry.models.clip import ClipOutput, PreprocessConfig, at_least_fp32, inverse_temperature
-from mmfoundry.models.interop.open_clip import named_model_cfg
+from mmfoundry.models.interop.open_clip import model_cfg_file, named_model_cfg
 from mmfoundry.models.vision import to_pixels
 from mmfoundry.pipeline.config import Config
 from mmfoundry.pipeline.errors import ConfigError
@@ -66,6 +66,9 @@ class OpenClipConfig(Config):
     @field_validator("open_clip", mode="before")
     @classmethod
     def _by_name(cls, given: Any) -> Any:
+        if isinstance(given, str) and given.endswith(".json"):
+            found = model_cfg_file(given)
+            return found.get("model_cfg", found)
         return named_model_cfg(given) if isinstance(given, str) else given
 
     @field_validator("open_clip")

@@ -27,13 +27,17 @@ def wrap_blocks(config: EngineConfig, model: nn.Module) -> Callable[[], None]:
         A function that takes it back.
 
     Raises:
-        ConfigError: the model lists no blocks, but the config asks for something.
+        ConfigError: the model lists no blocks, but the config asks for something; or there is no such compiler.
     """
     if not (config.gradient_checkpointing or config.torch_compile):
         return lambda: None
     if not hasattr(model, "repeated_blocks"):
         key = "gradient_checkpointing" if config.gradient_checkpointing else "torch_compile"
         raise ConfigError(f"{key}: {type(model).__name__} does not say which blocks it repeats")
+    if config.torch_compile and config.torch_compile_backend not in (known := torch.compiler.list_backends(())):
+        raise ConfigError(
+            f"torch_compile_backend: torch has no {config.torch_compile_backend!r}; it has {', '.join(known)}"
+        )
     blocks: list[nn.Module] = list(model.repeated_blocks())  # type: ignore[operator]
     for block in blocks:
         forward = block.forward

@@ -47,7 +47,7 @@ def merge_file(settings: Mapping[str, Any], path: str | Path, typed: Mapping[str
         MissingInput: there is no such file.
     """
     found = read_file(path)
-    problems = list(_problems(found, typed))
+    problems = [*_misshapen(found, settings, typed), *_problems(found, typed)]
     if problems:
         raise ConfigError(f"{path}: " + "; ".join(problems))
     merged = json.loads(json.dumps(settings))
@@ -78,6 +78,20 @@ def read_file(path: str | Path) -> dict[str, Any]:
     if not isinstance(found, dict):
         raise ConfigError(f"deepspeed: {path}: the top level must be an object")
     return found
+
+
+def _misshapen(
+    found: Mapping[str, Any], settings: Mapping[str, Any], typed: Mapping[str, tuple[str, Any]]
+) -> Iterator[str]:
+    """Plain values where DeepSpeed has a section, and the other way round."""
+    sections = {key.rpartition(".")[0] for key in typed} | {
+        name for name in settings if isinstance(settings[name], dict)
+    }
+    for key, value in found.items():
+        if key in sections and value != "auto" and not isinstance(value, dict):
+            yield f"{key} is {json.dumps(value)}, but DeepSpeed has a section there"
+        elif key not in sections and key in settings and isinstance(value, dict):
+            yield f"{key} is a section, but DeepSpeed has a plain value there"
 
 
 def _problems(found: Mapping[str, Any], typed: Mapping[str, tuple[str, Any]]) -> Iterator[str]:

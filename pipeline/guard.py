@@ -9,14 +9,14 @@ import json
 import math
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 import torch.distributed as dist
 from pydantic import Field
 from torch import Tensor
 
 from mmfoundry.pipeline.artifact import write_atomic
-from mmfoundry.pipeline.config import Config
+from mmfoundry.pipeline.config import Config, Neutral
 from mmfoundry.pipeline.distributed import Runtime
 from mmfoundry.pipeline.errors import MmfoundryError
 
@@ -28,7 +28,8 @@ NON_FINITE, SPIKE = "non_finite", "spike"
 class GuardConfig(Config):
     """What to do about steps that would spoil the weights."""
 
-    non_finite: Literal["stop", "skip"] = Field(
+    # Neutral: a run that has an end never stopped, so a stopped one may be told to go on.
+    non_finite: Annotated[Literal["stop", "skip"], Neutral()] = Field(
         "stop", description="at a loss or gradient that is infinite or not a number: stop, or leave the update out"
     )
     spike: Literal["off", "skip", "back_off", "stop"] = Field(
@@ -44,7 +45,7 @@ class GuardConfig(Config):
     )
     back_off_factor: float = Field(0.5, gt=0, lt=1, description="what a spike multiplies the learning rate with")
     back_off_steps: int = Field(100, gt=0, description="optimizer steps in which the rate comes back, linearly")
-    max_skipped_in_a_row: int = Field(
+    max_skipped_in_a_row: Annotated[int, Neutral()] = Field(
         10, ge=0, description="updates left out one after the other; at one more the run stops"
     )
 
@@ -120,12 +121,17 @@ class Guard:
         text = self._name_samples(trouble, what, value, step, batches, losses)
         action = self._config.non_finite if trouble == NON_FINITE else self._config.spike
         error = NonFinite if trouble == NON_FINITE else LossSpike
-        advice = "look at these samples, or lower optimizer.lr, and run again from the last checkpoint"
+        begins_anew = "another optimizer.lr begins the run anew"
         if action == "stop":
-            raise error(f"{text}; the weights were not touched: {advice}")
+            goes_on = "guard.non_finite=skip goes on from the last checkpoint and leaves such steps out"
+            advice = f"{goes_on}; {begins_anew}" if trouble == NON_FINITE else f"another guard.spike and {begins_anew}"
+            raise error(f"{text}; the weights were not touched: look at these samples; {advice}")
         self._in_a_row += 1
         if self._in_a_row > self._config.max_skipped_in_a_row:
-            raise error(f"{text}; {self._in_a_row - 1} updates in a row were left out before it: {advice}")
+            raise error(
+                f"{text}; {self._in_a_row - 1} updates in a row were left out before it: look at these samples; "
+                f"guard.max_skipped_in_a_row allows more, {begins_anew}"
+            )
         if action == "back_off":
             self.caution *= self._config.back_off_factor
             text += f"; the learning rate is multiplied with {self.caution:.3g}"

@@ -10,7 +10,7 @@ from pathlib import Path
 
 from braceexpand import braceexpand
 
-from mmfoundry.pipeline.errors import MissingInput
+from mmfoundry.pipeline.errors import ConfigError, MissingInput
 from mmfoundry.pipeline.urls import is_url
 
 _HUB_ID = re.compile(r"(datasets/)?[\w.-]+/[\w.-]+(@[\w./-]+)?")
@@ -36,8 +36,11 @@ def resolve(ref: str) -> Path:
             a hub id (`owner/name`, `owner/name@revision`, `datasets/owner/name`); or `package:name`, the folder of an
             installed Python package that carries data.
     Raises:
+        ConfigError: a command (`pipe:`, as webdataset has it).
         MissingInput: there is nothing of that name; the text says where it was looked for.
     """
+    if ref.startswith("pipe:"):
+        raise ConfigError(f"{ref}: a command, which is never run from here; give the shards' own paths or URLs")
     if is_url(ref):
         raise MissingInput(f"{ref}: only shards are read from a URL; copy this to a local path first")
     path = Path(os.path.expanduser(ref.removeprefix("file://")))

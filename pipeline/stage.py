@@ -181,7 +181,7 @@ def run_stage(stage: Stage, config: StageConfig, output: str | Path, runtime: Ru
         runtime: this process among those that run the stage.
     Raises:
         MissingInput: an input is not there; raised before anything is written.
-        ConfigError: `output` is a folder of something else.
+        ConfigError: `output` is a folder of something else, or in an input's folder, or an input is in it.
         NotEnoughSpace: the disk filled up; the work is kept.
         MmfoundryError: another process is running this stage in this place.
     """
@@ -189,16 +189,18 @@ def run_stage(stage: Stage, config: StageConfig, output: str | Path, runtime: Ru
 
     output = Path(os.path.abspath(output))
     inputs = resolve_inputs(stage, config)
+    check_apart(stage, output, inputs)
     with _lock(output) if runtime.is_main else contextlib.nullcontext():
         records = record_inputs(config, inputs) if runtime.is_main else {}
-        if runtime.is_main:
-            _prepare(stage, config, output, records)
+        aside = _prepare(stage, config, output, records) if runtime.is_main else None
         barrier(runtime.group)
         if (output / MANIFEST).is_file():  # left in place by `_prepare`: it holds
             artifact = Artifact.open(output)
         else:
             seed_everything(config.seed)
             context = RunContext(stage, output, work_folder(output), runtime, config, inputs, records)
+            if aside:
+                context.log.say(f"{stage.name}: {aside}")
             artifact = _run(stage, context)
     if stage.deliver is not None and runtime.is_main:
         stage.deliver(config, artifact)
@@ -235,6 +237,23 @@ def resolve_inputs(stage: Stage, config: StageConfig) -> dict[str, Path]:
         except MissingInput as error:
             raise MissingInput(f"{stage.name}.{name}: {error}") from error
     return found
+
+
+def check_apart(stage: Stage, output: Path, inputs: Mapping[str, Path]) -> None:
+    """Refuse an output that would change an input, or whose moving aside would take an input along.
+
+    Raises:
+        ConfigError: input and output are named.
+    """
+    place = output.resolve()
+    for name, path in inputs.items():
+        found = path.resolve()
+        if found.is_relative_to(place):
+            raise ConfigError(f"{stage.name}.{name}: {path} lies in the output, {output}; choose another output folder")
+        if place.is_relative_to(found) and not (found / MANIFEST).is_file():  # an artifact is known by its manifest
+            raise ConfigError(
+                f"{output}: lies in {stage.name}.{name}, {path}, which it would change; choose another output folder"
+            )
 
 
 def record_inputs(config: StageConfig, inputs: dict[str, Path]) -> dict[str, InputRecord]:
@@ -323,20 +342,25 @@ def _flat(tree: Any, prefix: str = "") -> dict[str, Any]:
     return {key: leaf for name, value in pairs for key, leaf in _flat(value, f"{prefix}.{name}".strip(".")).items()}
 
 
-def _prepare(stage: Stage, config: StageConfig, output: Path, records: dict[str, InputRecord]) -> None:
-    """Leave either the artifact that holds, or a work folder claimed for this config, in place."""
+def _prepare(stage: Stage, config: StageConfig, output: Path, records: dict[str, InputRecord]) -> str | None:
+    """Leave either the artifact that holds, or a work folder claimed for this config, in place.
+
+    Returns:
+        What was moved aside, and why, in words.
+    """
     now = standing(stage, config, output, records)
     if now.action == "skip":
-        return
+        return None
     if output.exists() and not (output / MANIFEST).is_file():
         if not output.is_dir() or any(output.iterdir()):
             raise ConfigError(f"{output}: exists and is not an artifact of mmfoundry; choose another output folder")
         output.rmdir()
     work = work_folder(output)
+    moved = None
     if now.action == "run" and work.exists():
-        _set_aside(work, output)
+        moved = _set_aside(work, output)
     if output.exists():
-        _set_aside(output, output)
+        moved = _set_aside(output, output)
     work.mkdir(parents=True, exist_ok=True)
     claim = {
         "stage": stage.name,
@@ -347,13 +371,16 @@ def _prepare(stage: Stage, config: StageConfig, output: Path, records: dict[str,
         "begun": time.time(),
     }
     write_atomic(work / CLAIM, json.dumps(claim, indent=2) + "\n")
+    return f"{now.why}; {moved}" if moved else None
 
 
-def _set_aside(folder: Path, output: Path) -> None:
+def _set_aside(folder: Path, output: Path) -> str:
     stale = output.with_name(f"{output.name}.stale")
-    if stale.exists():
+    replaced = stale.exists()
+    if replaced:
         shutil.rmtree(stale)
     os.rename(folder, stale)
+    return f"{folder.name} is now {stale.name}{', in place of an older one' if replaced else ''}"
 
 
 def _read_claim(work: Path) -> dict[str, Any] | None:

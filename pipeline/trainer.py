@@ -172,6 +172,10 @@ class _Training:
             raise ConfigError(f"{phase}: eval_steps is {config.eval_steps}, but no evaluation is given: leave it at 0")
 
     def run(self, param_groups: list[ParamGroup] | None) -> TrainResult:
+        with _Preemption() as self.preemption:  # from here on a signal ends in a checkpoint, also while all is built
+            return self._run(param_groups)
+
+    def _run(self, param_groups: list[ParamGroup] | None) -> TrainResult:
         self.model.to(self.runtime.device)
         found = checkpoint.newest(self.folder, self.runtime, self.context.log.say)
         if found is not None:
@@ -226,13 +230,12 @@ class _Training:
         config, progress = self.config, self.progress
         with (
             self.heart,
-            _Preemption() as preemption,
             self.context.progress(self.steps, self.phase, "steps") as self.bar,
         ):
             self.bar.advance(progress.step)
             self._restart_clock()
             while progress.step < self.steps:
-                queued = self.updates.queue(progress.step + 1, self._fetch(batches), preemption.asked)
+                queued = self.updates.queue(progress.step + 1, self._fetch(batches), self.preemption.asked)
                 self._settle()  # the step before, while the device is at this one
                 self.updates.update(queued, self._before_update)
                 progress.step += 1

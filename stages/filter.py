@@ -36,7 +36,7 @@ from mmfoundry.data.table_cache import TableCache
 from mmfoundry.pipeline.artifact import Artifact, write_atomic
 from mmfoundry.pipeline.config import ArtifactRef, Neutral, ShardsRef, StageConfig
 from mmfoundry.pipeline.distributed import barrier
-from mmfoundry.pipeline.errors import MmfoundryError, UnknownColumn
+from mmfoundry.pipeline.errors import MissingInput, MmfoundryError, UnknownColumn
 from mmfoundry.pipeline.registry import unknown
 from mmfoundry.pipeline.stage import RunContext, Stage
 from mmfoundry.stages.filter_passes import (
@@ -63,7 +63,7 @@ class FilterConfig(ScoringConfig, StageConfig):
 
     pool: ShardsRef = Field(
         description="raw tars: an artifact, a folder, a tar, a glob, a hub id or a URL; or DataComp's metadata: a "
-        "folder of parquet files (with their npz beside them), or one such file"
+        "folder or pattern of parquet files (with their npz beside them)"
     )
     filters: dict[str, Any] = Field(description="filter tree, e.g. {all: [{basic: {min_side: 64}}, exact_duplicate]}")
     alone: bool = Field(
@@ -209,6 +209,11 @@ def _on_tars(config: FilterConfig, context: RunContext) -> Artifact:
             _link(part.tables[0], context.work / "table" / f"{part.number:05d}.parquet")
         if config.reshard:
             rows = _kept_rows(context.work / "kept", len(parts), config.blur_faces)
+            if config.blur_faces and not rows["face_bboxes"].count():
+                raise MissingInput(
+                    f"blur_faces: {config.pool} says of no kept sample where faces are (face_bboxes in its JSON): give "
+                    "detectors.faces"
+                )
             write_new_shards(pool, rows, context.work / "shards", config.new_shards(), workers, unreadable)
     return _finish(config, context, cache, began, funnel, unreadable.found.total())
 
@@ -298,10 +303,8 @@ def _account(
     funnel |= {"shards": names, "damaged": dict(sorted(damaged.items())), "repeated_uids": repeated_uids(counted)}
     write_atomic(context.work / "funnel.json", json.dumps(funnel, indent=1, ensure_ascii=False) + "\n")
     if not funnel["kept"]:
-        worst = max(funnel["filters"], key=lambda row: row["sequence"]["dropped"])
         raise MmfoundryError(
-            f"{config.pool}: no sample of {funnel['samples']} passes the filters; {worst['name']} drops "
-            f"{worst['sequence']['dropped']} of the {worst['sequence']['in']} that reach it: loosen it"
+            f"{config.pool}: no sample of {funnel['samples']} passes the filters; {_why(judging, funnel)}"
         )
     write_subset(np.concatenate([one.subset for one in counted]), context.work / "subset.npy")
     if funnel["repeated_uids"]["conflicting"]:
@@ -311,6 +314,19 @@ def _account(
             f"{found['examples'][0]}; of each the first in the pool counts"
         )
     return funnel
+
+
+def _why(judging: Judging, funnel: dict[str, Any]) -> str:
+    """Which step is to blame where nothing is kept: one that has nothing to judge by, or the one that drops most."""
+    for (name, step), row in zip(judging.steps, funnel["filters"], strict=True):
+        reads = sorted(step.columns() - ALWAYS_THERE - {"unreadable"})
+        if row["alone"] and row["alone"]["unjudged"] == funnel["samples"] and reads:
+            scorers = [f"scorers.{made}" for one in reads if (made := scorer_of(one))]
+            way_out = f"; {' and '.join(scorers)} would compute it" if scorers else ""
+            return f"{name} can judge none, as no sample has a value of {', '.join(reads)}{way_out}"
+    worst = max(funnel["filters"], key=lambda row: row["sequence"]["dropped"])
+    dropped, reached = worst["sequence"]["dropped"], worst["sequence"]["in"]
+    return f"{worst['name']} drops {dropped} of the {reached} that reach it: loosen it"
 
 
 def _finish(

@@ -144,8 +144,9 @@ def _open_clip(name: str, weights: Path | None, device: torch.device, precision:
         # weights_only is open_clip's default, said here so that it stays
         model = open_clip.create_model(architecture, pretrained, require_pretrained=True, weights_only=True)
     except (RuntimeError, ValueError, OSError, KeyError) as error:  # what its loaders raise on files and downloads
-        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
-        raise MissingInput(f"{name}: open_clip cannot load it ({reason[:300]})") from error
+        reason = (str(error).strip() or type(error).__name__).splitlines()[0].partition(". ")[0]
+        way_out = "; a model on this machine is named by `model` in place of `open_clip`" if tag else ""
+        raise MissingInput(f"{name}: open_clip cannot load it ({reason[:300]}){way_out}") from error
     model = model.to(device).eval().requires_grad_(False)
     transform = image_transform_v2(PreprocessCfg(**model.visual.preprocess_cfg), is_train=False)
     tokenizer = open_clip.get_tokenizer(architecture)

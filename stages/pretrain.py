@@ -133,8 +133,8 @@ class PretrainConfig(StageConfig):
     data: list[DataSource] = Field(min_length=1, description="what to draw samples from")
     model: ModelConfig | None = Field(
         None,
-        description="a CLIP to start from random weights, or open_clip's name of one; {open_clip: ...} is computed by "
-        "open_clip's own module; this or `initial`",
+        description="a CLIP to start from random weights: its keys, open_clip's name of one, or a .json file of "
+        "open_clip's keys; {open_clip: ...} is computed by open_clip's own module; this or `initial`",
     )
     initial: ArtifactRef | None = Field(
         None, description="a trained CLIP or SigLIP to go on from: a folder of ours, of transformers or of open_clip"

@@ -21,7 +21,7 @@ from typing import Literal, NamedTuple
 import polars as pl
 from pydantic import Field, field_validator
 
-from mmfoundry.data.columns import COMPUTED, JSON_PREFIX, column_named
+from mmfoundry.data.columns import COLUMNS, JSON_PREFIX, UID_NUMBERS, column_named
 from mmfoundry.data.filters.base import FILTERS, Filter
 from mmfoundry.pipeline.errors import ConfigError, UnknownColumn
 from mmfoundry.pipeline.registry import unknown
@@ -172,7 +172,8 @@ def _member(left: _Value, node: ast.expr, text: str) -> pl.Expr:
 def _column(name: str) -> _Value:
     column = column_named(name)
     if column is None:
-        raise UnknownColumn(f"{unknown('column', name, list(COMPUTED))}; a field of the sample's JSON is json.{name}")
+        known = [one for one in COLUMNS if one not in UID_NUMBERS]
+        raise UnknownColumn(f"{unknown('column', name, known)}; a field of the sample's JSON is json.{name}")
     if column.dtype.is_numeric():
         # as floats: the columns count without a sign, and polars has no -1 for those
         return _Value(pl.col(name).cast(pl.Float64), "number")

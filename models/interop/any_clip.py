@@ -12,7 +12,7 @@ from torch import Tensor
 
 from mmfoundry.models.clip import CLIP, ClipConfig
 from mmfoundry.models.interop.load import OPEN_CLIP_CONFIG, OPEN_CLIP_WEIGHTS, load_any_clip, read_json, read_weights
-from mmfoundry.models.interop.open_clip import from_open_clip_config, named_model_cfg
+from mmfoundry.models.interop.open_clip import from_open_clip_config, model_cfg_file, named_model_cfg
 from mmfoundry.models.io import check_fit, save_clip, untrained_clip
 from mmfoundry.models.open_clip_groups import unfrozen_counts
 from mmfoundry.models.open_clip_model import OpenClip, OpenClipConfig, OpenClipPreprocess
@@ -27,12 +27,18 @@ _PREFIX = "open_clip."  # of all parameters of an `OpenClip`
 
 
 def config_of_name(name: str) -> AnyClipConfig:
-    """The config of one of open_clip's models by its name: of our own towers where they can express it.
+    """A config by the name of open_clip's model, or from a JSON file: of our own towers where they can express it.
+
+    Args:
+        name: open_clip's; or the path of a .json file, a model config or a folder's `open_clip_config.json`.
 
     Raises:
         UnknownName: open_clip has none of this name; the nearest is said.
-        ConfigError: nothing here can build it; the key is named.
+        ConfigError: nothing here can build it (the key is named), or the file cannot be read.
     """
+    if name.endswith(".json"):
+        found = model_cfg_file(name)
+        return config_of(found.get("model_cfg", found), found.get("preprocess_cfg"), source=name)
     return config_of(named_model_cfg(name), source=f"open_clip's {name}")
 
 

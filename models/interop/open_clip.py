@@ -128,6 +128,23 @@ def named_config(name: str) -> ClipConfig:
     return from_open_clip_config(named_model_cfg(name), source=f"open_clip's {name}")
 
 
+def model_cfg_file(path: str | Path) -> dict[str, Any]:
+    """Read a JSON file of open_clip's model keys, as `open_clip.add_model_config` takes, or an `open_clip_config.json`.
+
+    Raises:
+        ConfigError: it is not there, or not a JSON object.
+    """
+    try:
+        found = json.loads(Path(path).read_text(encoding="utf-8"))
+    except FileNotFoundError as error:
+        raise ConfigError(f"{path}: no such file; open_clip's names have no .json at their end") from error
+    except (OSError, ValueError) as error:
+        raise ConfigError(f"{path}: not a readable JSON file ({error})") from error
+    if not isinstance(found, dict) or not isinstance(found.get("model_cfg", found), dict):
+        raise ConfigError(f"{path}: not a model config of open_clip, which is an object")
+    return found
+
+
 def named_model_cfg(name: str) -> dict[str, Any]:
     """open_clip's own config of one of its models; see `named_config`.
 

@@ -1,6 +1,9 @@
 """Indexes: what they say, when they are rebuilt, and that damage costs what it hit and nothing else."""
 
+import bz2
+import gzip
 import io
+import lzma
 import os
 import random
 import tarfile
@@ -145,6 +148,29 @@ def test_what_users_write_for_shards(make_shards: Make, tmp_path: Path) -> None:
     (tmp_path / "empty.tar").write_bytes(b"")
     with pytest.raises(MissingInput, match="no readable sample"):
         Pool(tmp_path / "empty.tar")
+
+
+@pytest.mark.parametrize("suffix", [".tar.gz", ".tgz", ".tar.zst"])
+def test_compressed_shards_in_a_folder_are_not_passed_over(make_shards: Make, suffix: str) -> None:
+    shards = make_shards(30)
+    twin = shards[0].with_name(f"{shards[0].stem}{suffix}")
+    twin.write_bytes(b"")
+    assert expand_shards(twin.parent) == shards, "unpacked beside"
+    twin.rename(twin.with_name(f"shard-00009{suffix}"))
+    with pytest.raises(DamagedInput, match=rf"shard-00009\{suffix}: a compressed tar"):
+        expand_shards(twin.parent)
+    for shard in shards:
+        shard.unlink()
+    with pytest.raises(DamagedInput, match="data convert"):
+        expand_shards(twin.parent)
+
+
+@pytest.mark.parametrize("squeeze", [gzip.compress, bz2.compress, lzma.compress])
+def test_a_compressed_tar_under_a_plain_name_is_told(make_shards: Make, squeeze: Callable[[bytes], bytes]) -> None:
+    (shard,) = make_shards(9)
+    shard.write_bytes(squeeze(shard.read_bytes()))
+    with pytest.raises(MissingInput, match=r"no readable sample in 1 shard.*: .*1 x compressed$"):
+        Pool(shard)
 
 
 @pytest.mark.parametrize("member", ["json", "png", "txt"])

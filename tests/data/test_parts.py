@@ -97,6 +97,12 @@ def test_where_metadata_lies(tmp_path: Path) -> None:
     file = write(tmp_path / "pool" / "metadata" / "a.parquet", x=[1])
     (tmp_path / "pool" / "shards").mkdir()
     assert metadata_files(tmp_path / "pool") == metadata_files(file.parent) == metadata_files(file) == [file]
+    other = write(file.with_name("b.parquet"), x=[1])
+    assert (
+        metadata_files(file.with_name("*.parquet")) == metadata_files(file.with_name("{a,b}.parquet")) == [file, other]
+    )
+    assert metadata_files(tmp_path / "**" / "b.parquet") == [other]
+    assert metadata_files(tmp_path / "pool" / "*.tar") == []
     write(tmp_path / "img2dataset" / "00000.parquet", x=[1])
     (tmp_path / "img2dataset" / "00000.tar").write_bytes(bytes(10240))
     assert metadata_files(tmp_path / "img2dataset") == []
@@ -135,6 +141,16 @@ def test_a_file_that_cannot_be_read_is_left_out_and_named(tmp_path: Path) -> Non
     assert list(broken) == [bad]
     with pytest.raises(MissingInput, match="no row in its 1 parquet files"):
         metadata_parts([bad], [])
+
+
+def test_a_file_without_rows_is_no_part(tmp_path: Path) -> None:
+    write(tmp_path / "a.parquet", uid=[], text=[])
+    with pytest.raises(MissingInput, match="no row in its 1 parquet files"):
+        metadata_parts(metadata_files(tmp_path), [])
+    write(tmp_path / "b.parquet", x=[1, 2])
+    found, broken = metadata_parts(metadata_files(tmp_path), [])
+    assert [(part.name, part.count) for part in found] == [("b.parquet", 2)]
+    assert not broken
 
 
 def test_an_altered_file_is_noticed(tmp_path: Path) -> None:

@@ -1,5 +1,6 @@
 """Shards in a bucket: moto's S3 server, through s3fs."""
 
+import os
 from pathlib import Path
 from typing import Any
 
@@ -71,6 +72,28 @@ def test_what_is_not_there_is_told(bucket: Any, tmp_path: Path) -> None:
         _pool(tmp_path, "s3://shards/none.tar")
     with pytest.raises(MissingInput, match=r"no \*.tar"):
         _pool(tmp_path, "s3://shards/none")
+
+
+def test_who_has_no_credentials_is_told_at_once(
+    bucket: Any, endpoint: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    import fsspec
+
+    def never(seconds: float) -> None:
+        raise AssertionError("waits, though every attempt would meet the same")
+
+    _fill(bucket, tmp_path / "local")
+    for name in [*os.environ]:
+        if name.startswith("AWS_"):
+            monkeypatch.delenv(name)
+    monkeypatch.setenv("HOME", str(tmp_path))
+    monkeypatch.setenv("AWS_EC2_METADATA_DISABLED", "true")
+    monkeypatch.setitem(fsspec.config.conf, "s3", {"endpoint_url": endpoint})
+    monkeypatch.setattr("mmfoundry.data.remote_file.time.sleep", never)
+    with pytest.raises(
+        StorageError, match=r"s3://shards/pool/shard-00000\.tar: access is refused \(NoCredentialsError"
+    ):
+        _pool(tmp_path, "s3://shards/pool/shard-00000.tar")
 
 
 def test_cut_connections_cost_no_sample(

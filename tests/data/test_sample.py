@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 
 from mmfoundry.data.decode import DecodeLimits, LazyImage, UnreadableSample
+from mmfoundry.data.reshard import rewritten
 from mmfoundry.data.sample import RawSample, Sample, image_member, read_text, to_sample
 
 from .conftest import encode, smooth
@@ -29,6 +30,17 @@ def test_every_part_of_a_sample_finds_its_place() -> None:
 def test_captions_are_the_lines_of_txt_where_json_has_none() -> None:
     assert read_text(_raw(txt="ein Äpfel\r\n\n two \n".encode(), json=b"{}"))[0] == ["ein Äpfel", "two"]
     assert read_text(_raw(png=PNG)) == ([], None, {})
+
+
+def test_the_caption_of_img2datasets_json_counts_where_there_is_no_txt() -> None:
+    text = '{"caption": " ein Äpfel\\n\\ntwo", "status": "success"}'.encode()
+    assert read_text(_raw(json=text))[0] == ["ein Äpfel", "two"]
+    assert read_text(_raw(json=text))[2] == {"caption": " ein Äpfel\n\ntwo", "status": "success"}
+    assert read_text(_raw(txt=b"", json=text))[0] == []
+    assert read_text(_raw(json=b'{"captions": [], "caption": "a"}'))[0] == []
+    assert read_text(_raw(json=b'{"caption": null}'))[0] == []
+    cut = rewritten(_raw(json=text), "0" * 32, [1])
+    assert read_text(_raw(json=cut["json"]))[0] == ["two"]
 
 
 def test_the_image_member_is_chosen_by_a_fixed_order() -> None:

@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 
 from mmfoundry.launch.catalog import OUR_STAGES, REGISTRIES, open_registry
+from mmfoundry.launch.failures import system_error
 from tests.launch.conftest import Command
 
 
@@ -56,6 +57,13 @@ def test_a_typo_in_the_file_names_file_and_key(quick: Command, here: Path) -> No
     (here / "recipe.yaml").write_text("count:\n  source: pool\n\tsteps: 3\n")
     assert error_of(quick("run", "recipe.yaml")).startswith("recipe.yaml, line 3: ")
     assert not (here / "runs").exists()
+
+
+def test_a_folder_that_is_to_be_made_below_a_file_is_told_of(tmp_path: Path) -> None:
+    (tmp_path / "file").touch()
+    with pytest.raises(OSError, match="exists") as caught:
+        (tmp_path / "file").mkdir(parents=True, exist_ok=True)  # as run_stage makes an output's parent
+    assert system_error(caught.value) == f"{tmp_path / 'file'}: file exists"
 
 
 def test_a_mistake_in_a_real_process(command: Command) -> None:

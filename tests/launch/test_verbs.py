@@ -28,6 +28,7 @@ def test_a_config_of_its_own() -> None:
     job = prepare("count", "count.yaml", "steps=4", "output=made/here")
     assert (job.config.steps, job.output) == (4, Path("made/here"))  # type: ignore[attr-defined]
     assert prepare("count", "count.yaml").output == Path("runs/count/count")
+    assert prepare("count", "count.yaml", "output=~/made").output == Path.home() / "made"
     made = verbs.execute(job, Runtime())
     assert verbs.outcome(made).endswith("steps 4, written_now 4")
     first, rest = verbs.describe(job).split("\n", 1)

@@ -187,6 +187,22 @@ def test_blocks_and_what_is_not_decayed() -> None:
     assert by_part == {"image": 0.5, "text": 2.0, "joint": 1.0}
 
 
+def test_a_file_of_open_clips_keys_stands_for_a_model(tmp_path: Path) -> None:
+    record = to_open_clip_config(tiny_config())
+    for name, tree in (("folder.json", record), ("plain.json", record["model_cfg"])):
+        (tmp_path / name).write_text(json.dumps(tree))
+        assert config_of_name(str(tmp_path / name)) == config_of(record["model_cfg"], record["preprocess_cfg"])
+        plain = parse(OpenClipConfig, {"open_clip": str(tmp_path / name)})
+        assert plain.open_clip == record["model_cfg"]
+    (tmp_path / "list.json").write_text("[1]")
+    (tmp_path / "broken.json").write_text("{")
+    for name, says in [("list", "which is an object"), ("broken", "not a readable JSON"), ("none", "no such file")]:
+        with pytest.raises(ConfigError, match=rf"{name}\.json: .*{says}"):
+            config_of_name(str(tmp_path / f"{name}.json"))
+        with pytest.raises(ConfigError, match=rf"open_clip: .*{name}\.json: .*{says}"):
+            parse(OpenClipConfig, {"open_clip": str(tmp_path / f"{name}.json")})
+
+
 def test_names_and_folders_are_ours_where_they_can_be(tmp_path: Path) -> None:
     for name in ("ViT-B-32", "ViT-B-16-SigLIP-384"):
         assert isinstance(config_of_name(name), ClipConfig)

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 from torch.distributed import ProcessGroup
 
+from mmfoundry.pipeline.blocks import wrap_blocks
 from mmfoundry.pipeline.config import parse
 from mmfoundry.pipeline.distributed import init_runtime, rank_in, world_in
 from mmfoundry.pipeline.engine import Engine
@@ -97,6 +98,12 @@ def test_compiled_blocks_change_nothing(stage: int) -> None:
     for (expected, _), (found, calls) in pairs:
         torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-6)
         assert calls == 0  # compiled, all of them
+
+
+def test_a_compiler_that_torch_lacks_is_named_with_those_that_it_has() -> None:
+    wrong = parse(EngineConfig, {"train_batch_size": 2, "torch_compile": True, "torch_compile_backend": "inducktor"})
+    with pytest.raises(ConfigError, match=r"torch has no 'inducktor'; it has .*inductor"):
+        wrap_blocks(wrong, Stack())
 
 
 def test_what_cannot_be_is_refused() -> None:

@@ -56,6 +56,22 @@ def settings(tmp_path: Path, theirs: Any, **changes: Any) -> dict[str, Any]:
     return deepspeed_config(parse(TrainerConfig, ours | changes), 2)
 
 
+@pytest.mark.parametrize(
+    ("theirs", "says"),
+    [
+        ({"bf16": True}, "bf16 is true, but DeepSpeed has a section there"),
+        ({"zero_optimization": 2}, "zero_optimization is 2, but DeepSpeed has a section there"),
+        ({"optimizer": "AdamW"}, 'optimizer is "AdamW", but DeepSpeed has a section there'),
+        ({"timers": None}, "timers is null, but DeepSpeed has a section there"),
+        ({"steps_per_print": {"x": 1}}, "steps_per_print is a section, but DeepSpeed has a plain value there"),
+        ({"gradient_clipping": {"x": 1}}, "gradient_clipping is a section, but DeepSpeed has a plain value there"),
+    ],
+)
+def test_what_has_another_shape_than_deepspeeds_is_named(tmp_path: Path, theirs: dict[str, Any], says: str) -> None:
+    with pytest.raises(ConfigError, match=says):
+        settings(tmp_path, theirs)
+
+
 def test_what_it_adds_is_taken(tmp_path: Path) -> None:
     found = settings(tmp_path, THEIRS)
     assert found["comms_logger"] == {"enabled": True}

@@ -101,6 +101,21 @@ def test_the_step_left_out_would_have_mattered(left_out: Any, tmp_path: Path) ->
     assert (unwatched[1]["mix.weight"] - left_out[1]["mix.weight"]).abs().max() > 1e-3
 
 
+def test_a_stopped_run_goes_on_without_the_step(left_out: Any, tmp_path: Path) -> None:
+    out = str(tmp_path / "out")
+    error = train_tiny(None, out, config())
+    assert isinstance(error, str)
+    assert "guard.non_finite=skip goes on from the last checkpoint" in error
+    again = train_tiny(None, out, config(non_finite="skip", max_skipped_in_a_row=0))
+    assert isinstance(again, str)
+    assert "guard.max_skipped_in_a_row allows more" in again
+    run = train_tiny(None, out, config(non_finite="skip"))
+    assert not isinstance(run, int | str)
+    assert "goes on from the checkpoint of step 3" in (tmp_path / "out" / "messages.txt").read_text()
+    for name, weight in left_out[1].items():
+        assert torch.equal(run[1][name], weight), name
+
+
 def test_a_spike_can_stop_the_run(tmp_path: Path) -> None:
     error = train_tiny(None, str(tmp_path / "out"), config(leap=40.0, spike="stop", **WATCHFUL))
     assert isinstance(error, str)

@@ -4,7 +4,7 @@ from pathlib import Path
 
 import pytest
 
-from mmfoundry.pipeline.errors import MissingInput
+from mmfoundry.pipeline.errors import ConfigError, MissingInput
 from mmfoundry.pipeline.resolve import is_local, resolve
 
 
@@ -42,6 +42,12 @@ def test_nothing_of_that_name_is_one_line(ref: str, expected: str) -> None:
     with pytest.raises(MissingInput, match=expected) as caught:
         resolve(ref)
     assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("ref", ["pipe:cat data/00.tar", "pipe:cat data/*.tar"])
+def test_a_command_is_refused_as_one(ref: str) -> None:
+    with pytest.raises(ConfigError, match="a command, which is never run"):
+        resolve(ref)
 
 
 def test_a_package_that_carries_data_is_its_folder() -> None:

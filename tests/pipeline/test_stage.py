@@ -151,13 +151,36 @@ def test_a_failed_stage_leaves_no_artifact_and_goes_on(source: Path, tmp_path: P
     assert not (out / "stage.json").exists()
 
 
-def test_stale_work_is_moved_aside(source: Path, tmp_path: Path) -> None:
+def test_an_output_and_an_input_are_apart(source: Path, tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match=r"source/out: lies in count\.source, .*/source, which it would change"):
+        count(source, source / "out")
+    assert sorted(path.name for path in source.iterdir()) == ["a.txt"]
+    made = count(source, tmp_path / "made")
+    for inside in (made.path, made.path / "step-0.txt"):
+        with pytest.raises(ConfigError, match=r"count\.source: .* lies in the output, .*/made;"):
+            count(inside, made.path)
+    assert made.damage() is None
+    count(made.path, made.path / "again")  # an artifact is known by its manifest, whatever else lies in its folder
+    assert where_it_stands(made.path, made.path / "again")[0] == "skip"
+
+
+def test_stale_work_is_moved_aside(source: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     out = tmp_path / "out"
     with pytest.raises(MissingInput):
         count(source, out, fail_at=2)
+    assert "out.stale" not in capsys.readouterr().err
     count(source, out, steps=1)
     assert (tmp_path / "out.stale" / "step-1.txt").is_file()
     assert not (out / "step-1.txt").exists()
+    assert "count: its cut-off run was for another config or input; out.work is now out.stale\n" in (
+        capsys.readouterr().err
+    )
+    count(source, out, steps=2)
+    expected = "count: its config changed: steps; out is now out.stale, in place of an older one\n"
+    assert expected in capsys.readouterr().err
+    assert expected in (out / "messages.txt").read_text()
+    count(source, out, steps=2)
+    assert "out.stale" not in capsys.readouterr().err
 
 
 def start(source: Path, folder: Path, steps: int) -> subprocess.Popen[str]:

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from mmfoundry.pipeline.errors import PREEMPTED_EXIT_CODE
 from mmfoundry.pipeline.tensor_file import TensorFile
-from tests.pipeline.tiny_training import TokenLoss, train_tiny, trainer_config
+from tests.pipeline.tiny_training import TinyLoader, TokenLoss, train_tiny, trainer_config
 from tests.ranks import run_ranks
 
 Run = tuple[list[float], dict[str, Tensor]]
@@ -112,6 +112,30 @@ def test_goes_on_with_other_ranks_and_stages(joint: Run, tmp_path: Path) -> None
     assert run_ranks(train_tiny, 3, out, config(3), ("SIGTERM", 5, 0)) == [85, 85, 85]
     for run in run_ranks(train_tiny, 2, out, config(1)):
         assert_same_run(run, joint)
+
+
+def test_a_signal_while_the_run_is_being_built_is_no_death(
+    joint: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    config, out = {"trainer": trainer_config()}, str(tmp_path / "out")
+    assert train_tiny(None, out, config, ("SIGTERM", 2, 0)) == 85
+    unheard: list[int] = []
+    before = signal.signal(signal.SIGTERM, lambda number, frame: unheard.append(number))
+    load = TinyLoader.load_state_dict
+
+    def told_meanwhile(loader: TinyLoader, state: dict[str, Any]) -> None:
+        load(loader, state)
+        os.kill(os.getpid(), signal.SIGTERM)
+
+    monkeypatch.setattr(TinyLoader, "load_state_dict", told_meanwhile)
+    try:
+        assert train_tiny(None, out, config) == 85
+    finally:
+        signal.signal(signal.SIGTERM, before)
+    assert not unheard
+    assert "saved at step 3" in (tmp_path / "out.work" / "messages.txt").read_text()
+    monkeypatch.setattr(TinyLoader, "load_state_dict", load)
+    assert_same_run(train_tiny(None, out, config), joint)
 
 
 def test_ranks_go_on_bit_for_bit_on_as_many(tmp_path: Path) -> None:

@@ -276,6 +276,39 @@ def test_a_config_that_cannot_be_meant_names_its_place() -> None:
         parse(FilterConfig, {"pool": "p", "filters": {"all": [{"basic": {"min_sidee": 1}}]}}, "x.yaml", "filter")
     with pytest.raises(ConfigError, match=r"filters: expression\.formula: unknown column 'widht'; did you mean width"):
         config("pool", filters={"expression": "widht > 3"})
+    with pytest.raises(
+        ConfigError, match=r"unknown column 'caption_word'; did you mean caption_words\? known: .*language"
+    ):
+        config("pool", filters={"expression": "caption_word > 3"})
+
+
+@pytest.mark.parametrize(
+    ("tree", "says"),
+    [
+        (
+            {"clip_score": {"model": "b32", "min": 0.2}},
+            r"clip_score can judge none, as no sample has a value of clip_b32_similarity_score; scorers\.b32 would",
+        ),
+        (
+            {"expression": "json.nothing > 0.5"},
+            r"expression can judge none, as no sample has a value of json\.nothing$",
+        ),
+        ({"min_side": 4000}, r"min_side drops 30 of the 30 that reach it: loosen it$"),
+    ],
+)
+def test_where_nothing_is_kept_the_reason_is_told(tmp_path: Path, tree: dict[str, Any], says: str) -> None:
+    with pytest.raises(MmfoundryError, match=rf"no sample of 30 passes the filters; {says}"):
+        run(make_pool(tmp_path / "pool"), tmp_path / "out", filters=tree)
+
+
+def test_faces_that_nobody_marked_are_not_taken_for_blurred(tmp_path: Path) -> None:
+    pool = make_pool(tmp_path / "pool")
+    with pytest.raises(
+        MissingInput, match=r"blur_faces: .*pool says of no kept sample where faces are .*detectors\.faces"
+    ):
+        run(pool, tmp_path / "out", blur_faces=True)
+    assert not (tmp_path / "out").exists()
+    run(pool, tmp_path / "out", blur_faces=True, reshard=False)
 
 
 def test_no_pool(tmp_path: Path) -> None:

@@ -105,6 +105,20 @@ def test_a_weights_file_with_an_architecture_of_open_clip(tmp_path: Path) -> Non
         load_encoder(weights, "ViT-nothing", CPU, "auto")
 
 
+def test_weights_that_cannot_be_downloaded_are_told_with_the_way_out(monkeypatch: pytest.MonkeyPatch) -> None:
+    def offline(*args: object, **kwargs: object) -> None:
+        raise RuntimeError("Failed to download weights for tag 'openai'. Last error: " + "Please check. " * 100)
+
+    declare_missing_ops()
+    monkeypatch.setattr("open_clip.create_model", offline)
+    with pytest.raises(MissingInput) as caught:
+        load_encoder(None, "ViT-B-32/openai", CPU, "auto")
+    assert str(caught.value) == (
+        "ViT-B-32/openai: open_clip cannot load it (Failed to download weights for tag 'openai'); a model on this "
+        "machine is named by `model` in place of `open_clip`"
+    )
+
+
 def test_half_precision_is_close_and_not_equal(tmp_path: Path) -> None:
     folder = clip_folders.ours(tmp_path / "ours")
     full, half = (embedded(load_encoder(folder, None, CPU, precision)) for precision in ("fp32", "bf16"))
