@@ -168,7 +168,7 @@ def _stays(rows: np.ndarray, min_similarity: float) -> np.ndarray:
 
     differing = NUM_HASHES - needed
     agreeing = 2 if len(rows) >= _MANY and differing <= _FEW else 1
-    keys = keys_of(_bands(rows, min(differing + agreeing, NUM_HASHES)), agreeing)
+    keys = keys_of(list(_bands(rows, min(differing + agreeing, NUM_HASHES))), agreeing)
     return stay_in_turn(len(rows), pairs_that_pass(keys, similar))
 
 
