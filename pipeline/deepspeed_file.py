@@ -5,6 +5,7 @@ Files written for transformers' Trainer or accelerate can be given as they are: 
 
 from __future__ import annotations
 
+import difflib
 import json
 from collections.abc import Iterator, Mapping
 from pathlib import Path
@@ -47,7 +48,7 @@ def merge_file(settings: Mapping[str, Any], path: str | Path, typed: Mapping[str
         MissingInput: there is no such file.
     """
     found = read_file(path)
-    problems = [*_misshapen(found, settings, typed), *_problems(found, typed)]
+    problems = [*_misspelt(found, settings, typed), *_misshapen(found, settings, typed), *_problems(found, typed)]
     if problems:
         raise ConfigError(f"{path}: " + "; ".join(problems))
     merged = json.loads(json.dumps(settings))
@@ -78,6 +79,16 @@ def read_file(path: str | Path) -> dict[str, Any]:
     if not isinstance(found, dict):
         raise ConfigError(f"deepspeed: {path}: the top level must be an object")
     return found
+
+
+def _misspelt(
+    found: Mapping[str, Any], settings: Mapping[str, Any], typed: Mapping[str, tuple[str, Any]]
+) -> Iterator[str]:
+    """Keys that are nearly one of DeepSpeed's, which passes over what it does not know."""
+    known = {*REFUSED, *OUR_OWN, *settings, *(key.partition(".")[0] for key in typed)}
+    for key in found.keys() - known:
+        for near in difflib.get_close_matches(key, known, n=1, cutoff=0.85):
+            yield f"{key} is not a key of DeepSpeed's, which would pass over it: did you mean {near}?"
 
 
 def _misshapen(

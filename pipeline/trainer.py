@@ -198,6 +198,9 @@ class _Training:
 
     def _fit(self, found: checkpoint.Checkpoint | None, param_groups: list[ParamGroup] | None) -> None:
         config, runtime = self.config, self.runtime
+        if config.scheduler.warmup_steps >= self.steps:
+            warmup = f"{config.scheduler.warmup_steps} warmup_steps, of {self.steps} steps"
+            self.context.log.say(f"{self.phase}: {warmup}: the learning rate rises to the end and never falls")
         groups = param_groups or decay_groups(self.model.named_parameters(), config.optimizer.weight_decay)
         stage = zero_stage(config, runtime.world_size)
         self.measured = Measured(self.model, partitioned=config.eval_steps > 0 and stage == 3)

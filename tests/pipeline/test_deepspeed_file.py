@@ -72,6 +72,15 @@ def test_what_has_another_shape_than_deepspeeds_is_named(tmp_path: Path, theirs:
         settings(tmp_path, theirs)
 
 
+@pytest.mark.parametrize(
+    ("key", "near"),
+    [("zero_optimisation", "zero_optimization"), ("gradient_cliping", "gradient_clipping"), ("shceduler", "scheduler")],
+)
+def test_what_deepspeed_would_pass_over_is_named(tmp_path: Path, key: str, near: str) -> None:
+    with pytest.raises(ConfigError, match=rf"{key} is not a key of DeepSpeed's.*did you mean {near}\?"):
+        settings(tmp_path, {key: {}})
+
+
 def test_what_it_adds_is_taken(tmp_path: Path) -> None:
     found = settings(tmp_path, THEIRS)
     assert found["comms_logger"] == {"enabled": True}

@@ -114,6 +114,17 @@ def test_goes_on_with_other_ranks_and_stages(joint: Run, tmp_path: Path) -> None
         assert_same_run(run, joint)
 
 
+def test_a_warm_up_that_never_ends_is_told(tmp_path: Path) -> None:
+    said = {}
+    for steps in (5, 6):
+        scheduler, out = {"type": "cosine", "warmup_steps": steps}, tmp_path / str(steps)
+        train_tiny(None, str(out), {"trainer": trainer_config(max_steps=6, scheduler=scheduler)})
+        messages = out / "messages.txt"
+        said[steps] = messages.read_text() if messages.exists() else ""
+    assert "6 warmup_steps, of 6 steps: the learning rate rises to the end" in said[6]
+    assert "warmup_steps" not in said[5]
+
+
 def test_a_signal_while_the_run_is_being_built_is_no_death(
     joint: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
