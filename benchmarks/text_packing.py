@@ -21,7 +21,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import torch
-from pretrain import GROUPS, Batch, Ours, our_batches, web_batch
+from pretrain import Batch, Ours, our_batches, web_batch
 from tables import Row, print_header, print_row, smaller, write_rows
 
 from mmfoundry.models.clip import ClipConfig
@@ -29,6 +29,7 @@ from mmfoundry.models.interop.open_clip import named_config
 from mmfoundry.pipeline.distributed import init_runtime
 from mmfoundry.pipeline.host_memory import keep_freed_memory
 
+GROUPS = 4  # of captions of like length
 WAYS = {"packed": (1, True), "trimmed": (1, False), f"{GROUPS} groups": (GROUPS, False)}  # groups, packed
 WORK_WIDTH = 52  # of the table's first column
 CPU = torch.device("cpu")
