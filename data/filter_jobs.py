@@ -17,7 +17,7 @@ from typing import Any
 import numpy as np
 import polars as pl
 
-from mmfoundry.data.derived.base import DERIVATIONS, PACKAGED, Models, derive, sources_of
+from mmfoundry.data.derived.base import DERIVATIONS, PACKAGED, Models, derive, files_of, sources_of
 from mmfoundry.data.filters.account import COUNTED, IDENTITY_READ, Account, Judgement, account_of, judgement_of
 from mmfoundry.data.filters.base import Filter, PoolFilter
 from mmfoundry.data.filters.basic import Readable
@@ -109,7 +109,7 @@ class Judging:
     def derived_path(self, plan: Plan, name: str, number: int, part: Part) -> Path:
         """What a derivation made of the rows of a part that reach an operation."""
         key = plan.reach_key(number, self.pool)
-        if files := DERIVATIONS[name].files(self.models):
+        if files := files_of(DERIVATIONS[name].makes, self.models):
             key = key_of(key, *map(content_of, files))
         return self.cache.path("derived", f"{name}-{key}", part.identity)
 

@@ -85,8 +85,8 @@ def _misspelt(
     found: Mapping[str, Any], settings: Mapping[str, Any], typed: Mapping[str, tuple[str, Any]]
 ) -> Iterator[str]:
     """Keys that are nearly one of DeepSpeed's, which passes over what it does not know."""
-    known = {*REFUSED, *OUR_OWN, *settings, *(key.partition(".")[0] for key in typed)}
-    for key in found.keys() - known:
+    known = sorted({*REFUSED, *OUR_OWN, *settings, *(key.partition(".")[0] for key in typed)})
+    for key in (key for key in found if key not in known):
         for near in difflib.get_close_matches(key, known, n=1, cutoff=0.85):
             yield f"{key} is not a key of DeepSpeed's, which would pass over it: did you mean {near}?"
 
