@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -20,6 +21,7 @@ from mmfoundry.data.tiles import cut_tiles
 from mmfoundry.evals.questions import Answer, Score, Talk
 from mmfoundry.evals.task import Vlm
 from mmfoundry.models.chat import IGNORED, IMAGE
+from mmfoundry.models.clip import at_least_fp32
 from mmfoundry.models.generate import answer
 from mmfoundry.models.vlm import VisionLanguageModel
 from mmfoundry.models.vlm_io import load_vlm, untrained_vlm
@@ -59,12 +61,8 @@ def answerer(model: VisionLanguageModel, text: VlmText, max_new_tokens: int = MA
         pictures: Sequence[NDArray[np.uint8]], questions: Sequence[str], picture_of: Sequence[int]
     ) -> list[str]:
         tiles = [cut(picture) for picture in pictures]
-        was_training = model.training
-        model.eval()
-        try:
+        with _in_eval_mode(model):
             return answer(model, text, tiles, questions, picture_of, max_new_tokens)
-        finally:
-            model.train(was_training)
 
     return answers
 
@@ -76,13 +74,9 @@ def scorer(model: VisionLanguageModel, text: VlmText) -> Score:
     @torch.no_grad()
     def score(talks: Sequence[Talk]) -> NDArray[np.float64]:
         batch = to_device(collate([_row(encoder, talk) for talk in talks]), model.device)
-        was_training = model.training
-        model.eval()
-        try:
+        with _in_eval_mode(model):
             output = model(batch)
-        finally:
-            model.train(was_training)
-        logits_sV = output.logits_sV.to(torch.promote_types(output.logits_sV.dtype, torch.float32))
+        logits_sV = at_least_fp32(output.logits_sV)
         nats_s = F.cross_entropy(logits_sV, output.target_s, reduction="none").double()
         right_s = (logits_sV.argmax(1) == output.target_s).double()
         talk_s = (batch["labels"][:, 1:] != IGNORED).nonzero()[:, 0]
@@ -92,6 +86,17 @@ def scorer(model: VisionLanguageModel, text: VlmText) -> Score:
         return found
 
     return score
+
+
+@contextmanager
+def _in_eval_mode(model: VisionLanguageModel) -> Iterator[None]:
+    """In the block the model is in eval mode; behind it in the mode it was in."""
+    was_training = model.training
+    model.eval()
+    try:
+        yield
+    finally:
+        model.train(was_training)
 
 
 def _row(encoder: InstructionEncoder, talk: Talk) -> dict[str, Any]:
