@@ -7,7 +7,6 @@ do, its rules are taken over as one string: worker processes neither read the fi
 from __future__ import annotations
 
 import html
-import json
 import string
 from functools import lru_cache
 from pathlib import Path
@@ -17,6 +16,7 @@ import numpy as np
 
 from mmfoundry.data.text import CaptionTokenizer, ClipTokenizer, clip_tokenizer
 from mmfoundry.pipeline.errors import ConfigError, DamagedInput, MissingInput
+from mmfoundry.pipeline.json_file import read_json
 from mmfoundry.pipeline.resolve import resolve
 
 if TYPE_CHECKING:
@@ -140,11 +140,7 @@ def _named_class(file: Path) -> str | None:
     """The class that tokenizer_config.json names."""
     if not file.is_file():
         return None
-    try:
-        record = json.loads(file.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise DamagedInput(f"{file}: not JSON ({error})") from error
-    return record.get("tokenizer_class") if isinstance(record, dict) else None
+    return read_json(file).get("tokenizer_class")
 
 
 def _pad_as_the_file_says(tokenizer: PreTrainedTokenizerBase) -> None:

@@ -17,6 +17,7 @@ from mmfoundry.models.clip import CLIP, ClipConfig
 from mmfoundry.pipeline.artifact import write_atomic
 from mmfoundry.pipeline.config import parse
 from mmfoundry.pipeline.errors import DamagedInput, MissingInput
+from mmfoundry.pipeline.json_file import read_json
 from mmfoundry.pipeline.resolve import resolve
 
 CONFIG_FILE = "config.json"
@@ -172,11 +173,8 @@ def read_record(folder: Path, format: str, what: str) -> tuple[Path, dict[str, A
     file = folder / CONFIG_FILE
     if not file.is_file():
         raise MissingInput(f"{file}: no such file; the folder of a {what} holds {CONFIG_FILE} and {WEIGHTS_FILE}")
-    try:
-        record = json.loads(file.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise DamagedInput(f"{file}: not JSON ({error})") from error
-    if not isinstance(record, dict) or record.get("format") != format or not isinstance(record.get("model"), dict):
+    record = read_json(file)
+    if record.get("format") != format or not isinstance(record.get("model"), dict):
         raise DamagedInput(f"{file}: not the config of one of our {what}s (format is not {format!r})")
     return file, record
 

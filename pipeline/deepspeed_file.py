@@ -11,7 +11,8 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-from mmfoundry.pipeline.errors import ConfigError, MissingInput
+from mmfoundry.pipeline.errors import ConfigError, DamagedInput, MissingInput
+from mmfoundry.pipeline.json_file import read_json
 
 # Sections that would do what the trainer does already, or change what is computed; and where to say it instead.
 REFUSED = {
@@ -71,14 +72,11 @@ def read_file(path: str | Path) -> dict[str, Any]:
         MissingInput: there is no such file.
     """
     try:
-        found = json.loads(Path(path).read_text(encoding="utf-8"))
-    except FileNotFoundError as error:
-        raise MissingInput(f"deepspeed: {path}: no such file") from error
-    except (OSError, ValueError) as error:
-        raise ConfigError(f"deepspeed: {path}: not a readable JSON file ({error})") from error
-    if not isinstance(found, dict):
-        raise ConfigError(f"deepspeed: {path}: the top level must be an object")
-    return found
+        return read_json(Path(path))
+    except MissingInput as error:
+        raise MissingInput(f"deepspeed: {error}") from error
+    except DamagedInput as error:
+        raise ConfigError(f"deepspeed: {error}") from error
 
 
 def _misspelt(

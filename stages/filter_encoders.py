@@ -5,7 +5,6 @@ The scores are then those that its authors' own scripts give: their preprocessin
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, Literal
@@ -20,6 +19,7 @@ from mmfoundry.data.transforms import EvalTransform
 from mmfoundry.models.interop.load import OPEN_CLIP_CONFIG
 from mmfoundry.models.io import CONFIG_FILE, FORMAT, load_clip
 from mmfoundry.pipeline.errors import ConfigError, DamagedInput, MissingInput
+from mmfoundry.pipeline.json_file import read_json
 from mmfoundry.pipeline.torchvision_ops import declare_missing_ops
 from mmfoundry.stages.captions import tokenizer_of
 
@@ -106,11 +106,7 @@ def load_encoder(
     config = folder / CONFIG_FILE
     if not config.is_file():
         raise MissingInput(f"{folder}: no CLIP here: neither {CONFIG_FILE} nor {OPEN_CLIP_CONFIG}")
-    try:
-        record = json.loads(config.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise DamagedInput(f"{config}: not JSON ({error})") from error
-    ours = isinstance(record, dict) and record.get("format") == FORMAT
+    ours = read_json(config).get("format") == FORMAT
     return _ours(folder, device, precision) if ours else _transformers(folder, device, precision)
 
 

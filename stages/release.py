@@ -18,7 +18,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Literal
 
 from pydantic import Field, model_validator
 from transformers.utils import logging as transformers_logging
@@ -33,6 +33,7 @@ from mmfoundry.pipeline.artifact import Artifact, sync_files, sync_folder, write
 from mmfoundry.pipeline.config import ArtifactRef, Neutral, StageConfig
 from mmfoundry.pipeline.distributed import barrier
 from mmfoundry.pipeline.errors import ConfigError, MissingInput, MmfoundryError
+from mmfoundry.pipeline.json_file import read_json
 from mmfoundry.pipeline.resolve import is_local
 from mmfoundry.pipeline.stage import RunContext, Stage
 from mmfoundry.stages.adapt_clip import ADAPTER as CLIP_LORA
@@ -107,7 +108,7 @@ def run(config: ReleaseConfig, context: RunContext) -> Artifact:
     folders = [folder for folder in FOLDERS if (context.work / folder).is_dir()]
     metrics: dict[str, float] = {"folders": len(folders)}
     metrics["bytes"] = sum(_size(context.work / folder) for folder in folders)
-    found = [json.loads((context.work / CHECKS / f"{folder}.json").read_text())["difference"] for folder in folders]
+    found = [read_json(context.work / CHECKS / f"{folder}.json")["difference"] for folder in folders]
     compared = [difference for difference in found if difference is not None]
     if compared:
         metrics["max_difference"] = max(compared)
@@ -233,7 +234,7 @@ def _transformers_reads(ref: str) -> bool:
     if not is_local(ref):
         return True
     file = Path(ref) / "config.json"
-    return file.is_file() and "architectures" in json.loads(file.read_text(encoding="utf-8"))
+    return file.is_file() and "architectures" in read_json(file)
 
 
 def _write(part: _Part, config: ReleaseConfig, context: RunContext) -> None:
@@ -277,11 +278,11 @@ def _fill_adapter(source: Path, base: str, folder: Path) -> None:
     for name in _ADAPTER_FILES:
         shutil.copyfile(source / name, folder / name)
     file = folder / _ADAPTER_FILES[0]
-    record: dict[str, Any] = json.loads(file.read_text(encoding="utf-8"))
+    record = read_json(file)
     record["base_model_name_or_path"] = base
     base_config = folder.parent / base / "config.json"
     if base in FOLDERS and base_config.is_file():  # then peft.AutoPeftModel can be told its class
-        said = json.loads(base_config.read_text(encoding="utf-8"))
+        said = read_json(base_config)
         record["auto_mapping"] = {
             "base_model_class": said["architectures"][0],
             "parent_library": f"transformers.models.{said['model_type']}.modeling_{said['model_type']}",

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 
 from torch import nn
@@ -11,6 +10,7 @@ from mmfoundry.models.interop.any_clip import AnyClip
 from mmfoundry.models.open_clip_model import OpenClip
 from mmfoundry.models.vision import VisionConfig
 from mmfoundry.models.vlm import VisionLanguageModel
+from mmfoundry.pipeline.json_file import read_json
 
 
 def clip_facts(model: AnyClip) -> dict[str, str]:
@@ -52,7 +52,7 @@ def vlm_facts(model: VisionLanguageModel) -> dict[str, str]:
 
 def adapter_facts(folder: Path) -> dict[str, str]:
     """Size and places of an adapter in peft's format."""
-    config = json.loads((folder / "adapter_config.json").read_text(encoding="utf-8"))
+    config = read_json(folder / "adapter_config.json")
     modules = config["target_modules"]
     places = modules if isinstance(modules, str) else ", ".join(sorted(modules))
     return {"rank": str(config["r"]), "alpha": f"{config['lora_alpha']:g}", "layers": f"`{places}`".replace("|", "\\|")}

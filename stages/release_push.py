@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from mmfoundry.pipeline.errors import MmfoundryError
+from mmfoundry.pipeline.json_file import read_json
 from mmfoundry.stages.release_card import CARD, for_hub
 
 _ADAPTER_CONFIG = "adapter_config.json"
@@ -64,7 +65,7 @@ def _rewritten(folder: Path, ids: dict[str, str]) -> dict[str, bytes]:
     """The files that name other folders of the release, with repository ids in their place."""
     changed = {CARD: for_hub((folder / CARD).read_text(encoding="utf-8"), ids).encode()}
     if (folder / _ADAPTER_CONFIG).is_file():
-        record = json.loads((folder / _ADAPTER_CONFIG).read_text(encoding="utf-8"))
+        record = read_json(folder / _ADAPTER_CONFIG)
         base = record["base_model_name_or_path"]
         record["base_model_name_or_path"] = ids.get(base, base)
         changed[_ADAPTER_CONFIG] = (json.dumps(record, indent=2) + "\n").encode()

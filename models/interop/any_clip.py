@@ -11,7 +11,7 @@ from safetensors.torch import save
 from torch import Tensor
 
 from mmfoundry.models.clip import CLIP, ClipConfig
-from mmfoundry.models.interop.load import OPEN_CLIP_CONFIG, OPEN_CLIP_WEIGHTS, load_any_clip, read_json, read_weights
+from mmfoundry.models.interop.load import OPEN_CLIP_CONFIG, OPEN_CLIP_WEIGHTS, load_any_clip, read_weights
 from mmfoundry.models.interop.open_clip import from_open_clip_config, model_cfg_file, named_model_cfg
 from mmfoundry.models.io import check_fit, save_clip, untrained_clip
 from mmfoundry.models.open_clip_groups import unfrozen_counts
@@ -19,6 +19,7 @@ from mmfoundry.models.open_clip_model import OpenClip, OpenClipConfig, OpenClipP
 from mmfoundry.pipeline.artifact import write_atomic
 from mmfoundry.pipeline.config import parse
 from mmfoundry.pipeline.errors import ConfigError, DamagedInput, MissingInput
+from mmfoundry.pipeline.json_file import read_json
 
 AnyClip = CLIP | OpenClip
 AnyClipConfig = ClipConfig | OpenClipConfig

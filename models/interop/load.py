@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +15,7 @@ from mmfoundry.models.interop.transformers_clip import from_transformers
 from mmfoundry.models.interop.transformers_siglip import from_siglip
 from mmfoundry.models.io import CONFIG_FILE, FORMAT, WEIGHTS_FILE, load_clip
 from mmfoundry.pipeline.errors import ConfigError, DamagedInput, MissingInput
+from mmfoundry.pipeline.json_file import read_json
 
 OPEN_CLIP_CONFIG = "open_clip_config.json"
 OPEN_CLIP_WEIGHTS = "open_clip_model.safetensors"
@@ -79,21 +79,6 @@ def _with_defaults(record: dict[str, Any]) -> dict[str, Any]:
     from transformers import CLIPConfig, SiglipConfig
 
     return (SiglipConfig if record["model_type"] == "siglip" else CLIPConfig)(**record).to_dict()
-
-
-def read_json(file: Path) -> dict[str, Any]:
-    """A JSON object.
-
-    Raises:
-        DamagedInput: the file holds something else.
-    """
-    try:
-        record = json.loads(file.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise DamagedInput(f"{file}: not JSON ({error})") from error
-    if not isinstance(record, dict):
-        raise DamagedInput(f"{file}: not a JSON object")
-    return record
 
 
 def read_weights(file: Path) -> dict[str, Tensor]:

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import difflib
 import importlib.util
-import json
 import re
 from collections.abc import Mapping
 from pathlib import Path
@@ -26,7 +25,8 @@ from mmfoundry.models.interop.open_clip_siglip import (
     to_trunk,
 )
 from mmfoundry.pipeline.config import parse
-from mmfoundry.pipeline.errors import ConfigError, DamagedInput, UnknownName
+from mmfoundry.pipeline.errors import ConfigError, DamagedInput, MissingInput, UnknownName
+from mmfoundry.pipeline.json_file import read_json
 
 _QKV = ("q_proj", "k_proj", "v_proj")  # the order in which open_clip stacks them
 
@@ -135,12 +135,12 @@ def model_cfg_file(path: str | Path) -> dict[str, Any]:
         ConfigError: it is not there, or not a JSON object.
     """
     try:
-        found = json.loads(Path(path).read_text(encoding="utf-8"))
-    except FileNotFoundError as error:
-        raise ConfigError(f"{path}: no such file; open_clip's names have no .json at their end") from error
-    except (OSError, ValueError) as error:
-        raise ConfigError(f"{path}: not a readable JSON file ({error})") from error
-    if not isinstance(found, dict) or not isinstance(found.get("model_cfg", found), dict):
+        found = read_json(Path(path))
+    except MissingInput as error:
+        raise ConfigError(f"{error}; open_clip's names have no .json at their end") from error
+    except DamagedInput as error:  # a ConfigError, so that a validator's is reported with the key's dotted path
+        raise ConfigError(str(error)) from error
+    if not isinstance(found.get("model_cfg", found), dict):
         raise ConfigError(f"{path}: not a model config of open_clip, which is an object")
     return found
 
@@ -157,8 +157,7 @@ def named_model_cfg(name: str) -> dict[str, Any]:
     if name not in files:
         near = difflib.get_close_matches(name, files, n=3)
         raise UnknownName(f"open_clip has no model {name!r}; near: {', '.join(near) or 'none'}")
-    model_cfg: dict[str, Any] = json.loads(files[name].read_text(encoding="utf-8"))
-    return model_cfg
+    return read_json(files[name])
 
 
 def to_open_clip_state(model: CLIP) -> dict[str, Tensor]:

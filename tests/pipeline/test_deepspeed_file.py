@@ -108,8 +108,8 @@ def test_what_it_adds_is_taken(tmp_path: Path) -> None:
         ({"optimizer": {"params": {"bias_correction": False}}}, "optimizer.params.bias_correction is not known here"),
         ({"scheduler": {"type": "WarmupLR"}}, "scheduler is not for DeepSpeed to do here: use scheduler"),
         ({"amp": {"enabled": True}}, "amp is not for DeepSpeed to do here: use precision"),
-        ("{", "not a readable JSON file"),
-        ("[1]", "the top level must be an object"),
+        ("{", "not JSON"),
+        ("[1]", "not a JSON object"),
     ],
 )  # fmt: skip
 def test_what_it_contradicts_is_named(theirs: Any, text: str, tmp_path: Path) -> None:
