@@ -3,15 +3,24 @@
 from __future__ import annotations
 
 import os
+import signal
 import sys
-from collections.abc import Callable
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from types import FrameType
 from typing import NoReturn
 
-from mmfoundry.pipeline.errors import MmfoundryError
+from mmfoundry.pipeline.errors import PREEMPTED_EXIT_CODE, MmfoundryError
 from mmfoundry.pipeline.ranks import leave_error
 
 USER_ERROR = 2
 INTERRUPTED = 130
+_STOPPING = (signal.SIGTERM, signal.SIGUSR1)  # by which schedulers announce the end
+
+
+class _ToldToStop(BaseException):
+    """A signal asked for the end while nothing listened that would save more than is on the disk already."""
 
 
 def exit_code_of(work: Callable[[], None]) -> int:
@@ -20,7 +29,8 @@ def exit_code_of(work: Callable[[], None]) -> int:
     In a rank started by `mmfoundry run --processes`, the line goes to the starter, which prints it once.
     """
     try:
-        work()
+        with _stopping_in_order():
+            work()
         sys.stdout.flush()  # here, where a full disk or a closed pipe is still answered
     except MmfoundryError as error:
         return tell(str(error))
@@ -31,6 +41,9 @@ def exit_code_of(work: Callable[[], None]) -> int:
     except KeyboardInterrupt:
         tell("interrupted; run the same command again to go on")
         return INTERRUPTED
+    except _ToldToStop:
+        tell("told to stop; run the same command again to go on")
+        return PREEMPTED_EXIT_CODE
     except BrokenPipeError:
         _drop_output()
         return 0  # the reader, such as `head`, has seen enough
@@ -41,6 +54,31 @@ def exit_code_of(work: Callable[[], None]) -> int:
         _drop_output()
         return tell(text)
     return 0
+
+
+@contextmanager
+def _stopping_in_order() -> Iterator[None]:
+    """End at SIGTERM and SIGUSR1 as at Ctrl-C, through every `finally`; a training listens to them by itself.
+
+    The second signal ends the process at once. One of several ranks is left to its starter, which knows what a rank
+    means that a signal ended: in a collective it would not hear of the signal before the others come.
+    """
+    alone = int(os.environ.get("WORLD_SIZE", "1")) == 1
+    if not alone or threading.current_thread() is not threading.main_thread():  # Python delivers signals nowhere else
+        yield
+        return
+
+    def stop(number: int, frame: FrameType | None) -> None:
+        for each in _STOPPING:
+            signal.signal(each, signal.SIG_DFL)
+        raise _ToldToStop
+
+    before = {number: signal.signal(number, stop) for number in _STOPPING}
+    try:
+        yield
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
 
 
 def _drop_output() -> None:

@@ -42,40 +42,44 @@ def start_ranks(module: str, arguments: list[str], processes: int) -> None:
         processes: how many ranks.
     Raises:
         MmfoundryError: a rank failed; its own error where it left one.
-        SystemExit: code 85: the ranks saved their state because they were told to stop.
+        SystemExit: code 85: the ranks were told to stop; those that train have saved their state.
     """
     with tempfile.TemporaryDirectory(prefix="mmfoundry-ranks-") as name:
         folder = Path(name)
         port = _free_port()
         ranks: list[subprocess.Popen[bytes]] = []
         try:
-            with _passing_on(ranks):
+            with _passing_on(ranks) as told:
                 for rank in range(processes):
                     ranks.append(_start(module, arguments, rank, processes, port, folder))
                 failed = _wait(ranks)
         finally:
             _end(ranks)
-        if failed is not None and ranks[failed].returncode == PREEMPTED_EXIT_CODE:
+        # A rank that does not listen yet is ended by the signal: nothing is lost, and it is to be started again.
+        code = 0 if failed is None else ranks[failed].returncode
+        if code == PREEMPTED_EXIT_CODE or -code in told:
             raise SystemExit(PREEMPTED_EXIT_CODE)
         if failed is not None:
-            raise MmfoundryError(_reason(module, failed, ranks[failed].returncode, folder))
+            raise MmfoundryError(_reason(module, failed, code, folder))
 
 
 @contextmanager
-def _passing_on(ranks: Sequence[subprocess.Popen[bytes]]) -> Iterator[None]:
-    """Send what tells this process to stop to the ranks instead, and wait for what they make of it."""
+def _passing_on(ranks: Sequence[subprocess.Popen[bytes]]) -> Iterator[set[int]]:
+    """Send what tells this process to stop to the ranks instead; the signals that came are gathered in the set."""
+    told: set[int] = set()
     if threading.current_thread() is not threading.main_thread():  # only there can handlers be set
-        yield
+        yield told
         return
 
     def pass_on(number: int, frame: FrameType | None) -> None:
+        told.add(number)
         for rank in ranks:
             if rank.poll() is None:
                 rank.send_signal(number)
 
     before = {number: signal.signal(number, pass_on) for number in _PASSED_ON}
     try:
-        yield
+        yield told
     finally:
         for number, handler in before.items():
             signal.signal(number, handler)

@@ -107,7 +107,14 @@ def test_a_bug_keeps_its_traceback(command: Command, outside: Path) -> None:
     assert "ZeroDivisionError" in done.stderr
 
 
-def test_an_interrupt_is_told_and_work_is_kept(command: Command, here: Path, outside: Path) -> None:
+@pytest.mark.parametrize(
+    ("number", "code", "said"),
+    [(signal.SIGINT, 130, "interrupted"), (signal.SIGTERM, 85, "told to stop"), (signal.SIGUSR1, 85, "told to stop")],
+    ids=["Ctrl-C", "SIGTERM", "SIGUSR1"],
+)
+def test_an_interrupt_is_told_and_work_is_kept(
+    command: Command, here: Path, outside: Path, number: signal.Signals, code: int, said: str
+) -> None:
     arguments = [
         sys.executable,
         "-m",
@@ -124,10 +131,10 @@ def test_an_interrupt_is_told_and_work_is_kept(command: Command, here: Path, out
     while not (here / "runs/try/count.work/step-0.txt").exists():
         assert time.monotonic() < deadline
         time.sleep(0.05)
-    process.send_signal(signal.SIGINT)
+    process.send_signal(number)
     _, error = process.communicate(timeout=300)
-    assert process.returncode == 130
-    assert error.splitlines()[-1] == "error: interrupted; run the same command again to go on"
+    assert process.returncode == code
+    assert error.splitlines()[-1] == f"error: {said}; run the same command again to go on"
     assert "resume" in command("run", "recipe.yaml", "count.steps=9", "count.pause_s=0.5", "--dry-run").stdout
 
 

@@ -95,16 +95,23 @@ def test_ranks_end_when_their_starter_is_killed(module: str, tmp_path: Path) -> 
         time.sleep(0.05)
 
 
-def test_being_told_to_stop_reaches_every_rank_and_its_code_comes_back(module: str, tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("what", "ready", "left"),
+    [("save", "ready", ["saved-0", "saved-1"]), ("wait", "pid", [])],
+    ids=["ranks that save", "ranks that do not listen yet"],
+)
+def test_being_told_to_stop_reaches_every_rank_and_its_code_comes_back(
+    module: str, tmp_path: Path, what: str, ready: str, left: list[str]
+) -> None:
     def tell_when_ready() -> None:
-        while not all((tmp_path / f"ready-{rank}").exists() for rank in (0, 1)):
+        while not all((tmp_path / f"{ready}-{rank}").exists() for rank in (0, 1)):
             time.sleep(0.05)
         os.kill(os.getpid(), signal.SIGUSR1)
 
     handler = signal.getsignal(signal.SIGUSR1)
     threading.Thread(target=tell_when_ready, daemon=True).start()
     with pytest.raises(SystemExit) as stop:
-        start_ranks(module, ["save", str(tmp_path)], 2)
+        start_ranks(module, [what, str(tmp_path)], 2)
     assert stop.value.code == PREEMPTED_EXIT_CODE
-    assert all((tmp_path / f"saved-{rank}").exists() for rank in (0, 1))
+    assert sorted(file.name for file in tmp_path.glob("saved-*")) == left
     assert signal.getsignal(signal.SIGUSR1) == handler
