@@ -63,7 +63,7 @@ def _stopping_in_order() -> Iterator[None]:
     The second signal ends the process at once. One of several ranks is left to its starter, which knows what a rank
     means that a signal ended: in a collective it would not hear of the signal before the others come.
     """
-    alone = int(os.environ.get("WORLD_SIZE", "1")) == 1
+    alone = os.environ.get("WORLD_SIZE", "1") == "1"
     if not alone or threading.current_thread() is not threading.main_thread():  # Python delivers signals nowhere else
         yield
         return
