@@ -17,7 +17,7 @@ import numpy as np
 from mmfoundry.data.text import CaptionTokenizer, ClipTokenizer, clip_tokenizer
 from mmfoundry.pipeline.errors import ConfigError, DamagedInput, MissingInput
 from mmfoundry.pipeline.json_file import read_json
-from mmfoundry.pipeline.resolve import resolve
+from mmfoundry.pipeline.resolve import resolve_tokenizer
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -25,6 +25,7 @@ if TYPE_CHECKING:
 Clean = Literal["whitespace", "lower", "canonicalize"]
 VOCABULARY_FILES = ("tokenizer.json", "spiece.model")
 _CONFIG = "tokenizer_config.json"
+_SIGLIPS = (None, "siglip", "siglip2", "siglip_text_model", "siglip2_text_model")  # model types; None: it is not said
 
 
 class FolderTokenizer(CaptionTokenizer):
@@ -38,8 +39,9 @@ class FolderTokenizer(CaptionTokenizer):
         folder: str | Path,
         context_length: int,
         clean: Clean | None = None,
+        strip_sep_token: bool = False,
         cached_captions: int = 1 << 16,
-        rules: str | None = None,
+        known: tuple[str, int | None] | None = None,
     ):
         """Load the tokenizer.
 
@@ -47,32 +49,44 @@ class FolderTokenizer(CaptionTokenizer):
             folder: has tokenizer.json or spiece.model, and mostly tokenizer_config.json.
             context_length: tokens a caption is cut or padded to.
             clean: what is done to a caption first, as in open_clip; None: nothing but what the tokenizer does itself.
+            strip_sep_token: 0 in place of the token that separates sentences, as CLIPA's text towers read captions.
             cached_captions: how many captions' ids are kept, the least recently used going first.
-            rules: what `tokenizers` makes of the folder, if that is known already.
+            known: what `tokenizers` makes of the folder, and the id of that token, if they are known already.
         Raises:
             MissingInput: the folder has no tokenizer, or one for which a package is not installed.
             DamagedInput: its files cannot be read.
             ConfigError: it does not know what to pad with.
         """
         super().__init__(context_length, cached_captions)
-        self.folder, self._clean, self._rules = Path(folder), clean, rules
+        self.folder, self._clean, self._strip = Path(folder), clean, strip_sep_token
         self._slow: PreTrainedTokenizerBase | None = None
-        if rules is None:
+        if known is None:
             loaded = load_tokenizer(self.folder)
+            self._sep_id: int | None = loaded.sep_token_id
             if loaded.pad_token_id is None:
                 raise ConfigError(f"{self.folder / _CONFIG}: pad_token is not set; captions are padded")
             backend = getattr(loaded, "backend_tokenizer", None)
             if backend is None:
                 self._slow, self.vocab_size = loaded, len(loaded)
                 return
-            self._rules = rules = _with_padding(backend.to_str(), loaded, context_length)
+            known = _with_padding(backend.to_str(), loaded, context_length), self._sep_id
         from tokenizers import Tokenizer
 
-        self._fast = Tokenizer.from_str(rules)
+        self._known = known
+        self._sep_id = known[1]
+        self._fast = Tokenizer.from_str(known[0])
         self.vocab_size = self._fast.get_vocab_size()
 
     def __reduce__(self) -> tuple[Any, ...]:
-        return FolderTokenizer, (self.folder, self.context_length, self._clean, self._cached_captions, self._rules)
+        known = None if self._slow else self._known
+        return FolderTokenizer, (
+            self.folder,
+            self.context_length,
+            self._clean,
+            self._strip,
+            self._cached_captions,
+            known,
+        )
 
     def _encode(self, text: str) -> np.ndarray:
         text = cleaned(text, self._clean)
@@ -80,12 +94,13 @@ class FolderTokenizer(CaptionTokenizer):
             ids = self._fast.encode(text).ids
         else:
             ids = self._slow(text, padding="max_length", truncation=True, max_length=self.context_length)["input_ids"]
-        return np.array(ids, np.int32)
+        found = np.array(ids, np.int32)
+        return np.where(found == self._sep_id, np.int32(0), found) if self._strip else found
 
 
 @lru_cache(maxsize=8)
 def caption_tokenizer(
-    name: str | None, context_length: int, clean: Clean | None = None
+    name: str | None, context_length: int, clean: Clean | None = None, strip_sep_token: bool = False
 ) -> ClipTokenizer | FolderTokenizer:
     """The process's tokenizer for a model: made at first use, then shared by all threads.
 
@@ -93,6 +108,7 @@ def caption_tokenizer(
         name: folder or hub id with a tokenizer's files; None: CLIP's byte-pair encoding.
         context_length: tokens of a caption.
         clean: see `FolderTokenizer`.
+        strip_sep_token: see `FolderTokenizer`.
     Raises:
         MissingInput: there is no tokenizer of that name.
         DamagedInput: its files cannot be read.
@@ -100,15 +116,15 @@ def caption_tokenizer(
     """
     if name is None:
         return clip_tokenizer(context_length)
-    return FolderTokenizer(resolve(name), context_length, clean)
+    return FolderTokenizer(resolve_tokenizer(name), context_length, clean, strip_sep_token)
 
 
 def load_tokenizer(folder: Path) -> PreTrainedTokenizerBase:
     """What transformers reads from a folder, without remote code.
 
     SigLIP's first tokenizer, which takes case and punctuation away, is the one of `spiece.model`, unless
-    `tokenizer_config.json` names another class. Where there is `tokenizer.json` alone, it is what that file says. So
-    ids do not depend on which packages are installed.
+    `tokenizer_config.json` names another class, or `config.json` another model's type, whose class is taken. Where
+    there is `tokenizer.json` alone, it is what that file says. So ids do not depend on which packages are installed.
 
     Raises:
         MissingInput: there is no tokenizer, or one for which a package is not installed.
@@ -122,7 +138,8 @@ def load_tokenizer(folder: Path) -> PreTrainedTokenizerBase:
     from transformers import AutoTokenizer, PreTrainedTokenizerFast, SiglipTokenizer
 
     kind: Any = AutoTokenizer
-    if _named_class(folder / _CONFIG) in (None, "SiglipTokenizer"):
+    named = _said(folder / _CONFIG, "tokenizer_class")
+    if named == "SiglipTokenizer" or (named is None and _said(folder / "config.json", "model_type") in _SIGLIPS):
         kind = SiglipTokenizer if (folder / "spiece.model").is_file() else PreTrainedTokenizerFast
     try:
         tokenizer: PreTrainedTokenizerBase = kind.from_pretrained(folder, trust_remote_code=False)
@@ -136,11 +153,9 @@ def load_tokenizer(folder: Path) -> PreTrainedTokenizerBase:
     return tokenizer
 
 
-def _named_class(file: Path) -> str | None:
-    """The class that tokenizer_config.json names."""
-    if not file.is_file():
-        return None
-    return read_json(file).get("tokenizer_class")
+def _said(file: Path, key: str) -> Any:
+    """A key of a JSON file; None where the key or the file is not there."""
+    return read_json(file).get(key) if file.is_file() else None
 
 
 def _pad_as_the_file_says(tokenizer: PreTrainedTokenizerBase) -> None:

@@ -18,7 +18,8 @@ from mmfoundry.pipeline.artifact import write_atomic
 from mmfoundry.pipeline.config import parse
 from mmfoundry.pipeline.errors import DamagedInput, MissingInput
 from mmfoundry.pipeline.json_file import read_json
-from mmfoundry.pipeline.resolve import resolve
+from mmfoundry.pipeline.resolve import resolve_tokenizer
+from mmfoundry.pipeline.torchvision_ops import declare_missing_ops
 
 CONFIG_FILE = "config.json"
 WEIGHTS_FILE = "model.safetensors"
@@ -77,10 +78,29 @@ def copy_tokenizer(name: str, folder: Path) -> None:
     Raises:
         MissingInput: there is no such folder, or the hub cannot be reached.
     """
-    source = resolve(name)
+    source = resolve_tokenizer(name)
     for file in (source / each for each in TOKENIZER_FILES):
         if file.is_file() and source.resolve() != folder.resolve():
             write_atomic(folder / file.name, file.read_bytes())
+
+
+def save_tokenizer(name: str, folder: Path) -> None:
+    """Write a tokenizer as transformers does, which names its class, unless it is there already.
+
+    Args:
+        name: folder or hub id that has it, and maybe a `config.json` that the class follows from.
+        folder: where to.
+
+    Raises:
+        MissingInput: there is no such folder, or the hub cannot be reached.
+    """
+    source = resolve_tokenizer(name)
+    if source.resolve() == folder.resolve():
+        return
+    declare_missing_ops()  # transformers imports torchvision
+    from transformers import AutoTokenizer
+
+    AutoTokenizer.from_pretrained(source, trust_remote_code=False).save_pretrained(folder)
 
 
 def load_clip(folder: str | Path) -> CLIP:

@@ -14,13 +14,16 @@ from typing import Any, NamedTuple
 import torch
 import torch.nn.functional as F
 from pydantic import Field, field_validator
+from safetensors import SafetensorError
 from torch import Tensor, nn
 
 from mmfoundry.models.clip import ClipOutput, PreprocessConfig, at_least_fp32, inverse_temperature
 from mmfoundry.models.interop.open_clip import model_cfg_file, named_model_cfg
+from mmfoundry.models.text import TokenizerConfig
 from mmfoundry.models.vision import to_pixels
-from mmfoundry.pipeline.config import Config
-from mmfoundry.pipeline.errors import ConfigError
+from mmfoundry.pipeline.config import Config, parse
+from mmfoundry.pipeline.errors import ConfigError, DamagedInput
+from mmfoundry.pipeline.resolve import resolve_transformers
 from mmfoundry.pipeline.torchvision_ops import declare_missing_ops
 
 # Shape suffixes: b = pairs on this rank, L = positions of a caption, D = width of the joint embedding
@@ -45,9 +48,9 @@ class CaptionSide(NamedTuple):
     """Of a text tower, what prepares its captions."""
 
     context_length: int
-    vocab_size: int
-    hf_tokenizer_name: None = None  # `OpenClipConfig.check_tokenizer` lets no other through than CLIP's
-    tokenizer_kwargs: None = None
+    vocab_size: int | None  # None: a tower of transformers, whose own config has it
+    hf_tokenizer_name: str | None = None
+    tokenizer_kwargs: TokenizerConfig | None = None
 
 
 class OpenClipConfig(Config):
@@ -78,11 +81,18 @@ class OpenClipConfig(Config):
             if not isinstance(tree.get(key), dict):
                 raise ValueError(f"open_clip's model config has a mapping {key}")
         vision, text = tree["vision_cfg"], tree["text_cfg"]
-        if name := text.get("hf_model_name"):
+        if text.get("hf_model_name") and "multimodal_cfg" in tree:
             raise ValueError(
-                f"text_cfg.hf_model_name: the text tower {name} comes from the Hugging Face hub, and nothing is "
-                "downloaded; take a config with open_clip's own text tower"
+                "text_cfg.hf_model_name: this CoCa's text tower and its decoder differ in vocabulary in open_clip; "
+                "take one with open_clip's own text tower"
             )
+        if text.get("hf_model_name") and not text.get("hf_tokenizer_name"):
+            raise ValueError("text_cfg.hf_tokenizer_name: a text tower of transformers reads its own tokenizer's ids")
+        if text.get("tokenizer_mode"):
+            raise ValueError(f"text_cfg.tokenizer_mode: {text['tokenizer_mode']} is a way of splitting we do not have")
+        if text.get("tokenizer_kwargs") and not text.get("hf_tokenizer_name"):
+            raise ValueError("text_cfg.tokenizer_kwargs is for a tokenizer of transformers: give hf_tokenizer_name")
+        _tokenizer_config(text)
         if ":" in (name := str(vision.get("timm_model_name"))):
             raise ValueError(
                 f"vision_cfg.timm_model_name: {name} names a hub or a folder; give an architecture of timm"
@@ -112,7 +122,15 @@ class OpenClipConfig(Config):
     @property
     def text_cfg(self) -> CaptionSide:
         """What prepares captions; open_clip's defaults where its config leaves it out."""
-        return CaptionSide(self._text.get("context_length", 77), self._text.get("vocab_size", 49_408))
+        text = self._text
+        vocab_size = None if text.get("hf_model_name") else text.get("vocab_size", 49_408)
+        name = text.get("hf_tokenizer_name") or None
+        return CaptionSide(text.get("context_length", 77), vocab_size, name, _tokenizer_config(text) if name else None)
+
+    def architecture(self) -> OpenClipConfig:
+        """The same, but its text tower does not start from transformers' weights, if it is one of theirs."""
+        tree = self.open_clip | {"text_cfg": self._text | {"hf_model_pretrained": False}}
+        return self.model_copy(update={"open_clip": tree}) if "hf_model_name" in self._text else self
 
     @property
     def init_logit_bias(self) -> float | None:
@@ -123,19 +141,6 @@ class OpenClipConfig(Config):
     def writes_captions(self) -> bool:
         """Whether there is a text decoder, as CoCa has."""
         return "multimodal_cfg" in self.open_clip
-
-    def check_tokenizer(self) -> None:
-        """Refuse a model whose captions are not split by CLIP's byte-pair encoding.
-
-        Raises:
-            ConfigError: the key is named.
-        """
-        for key in ("hf_tokenizer_name", "tokenizer_mode", "tokenizer_kwargs"):
-            if self._text.get(key):
-                raise ConfigError(
-                    f"text_cfg.{key} is {self._text[key]}: this model reads another tokenizer's ids than CLIP's, the "
-                    "only one that this stage has"
-                )
 
     def check_resizing(self) -> None:
         """Refuse a model whose pictures are resized in another way than ours.
@@ -148,6 +153,12 @@ class OpenClipConfig(Config):
                 f"preprocess_cfg.interpolation is {self.preprocess_cfg.interpolation}: this stage resizes with "
                 "bicubic, so its numbers would not be the model's"
             )
+
+
+def _tokenizer_config(text_cfg: Mapping[str, Any]) -> TokenizerConfig:
+    return parse(
+        TokenizerConfig, text_cfg.get("tokenizer_kwargs") or {}, source="open_clip", prefix="text_cfg.tokenizer_kwargs"
+    )
 
 
 class CaptionedOutput(NamedTuple):
@@ -184,7 +195,7 @@ class OpenClip(nn.Module):
         self.captions = False
         text = getattr(self.open_clip, "text", self.open_clip)
         pool = getattr(text, "text_pool_type", getattr(text, "pool_type", None))
-        alone = getattr(text, "cls_emb", None) is None and text.attn_mask is not None
+        alone = getattr(text, "cls_emb", None) is None and getattr(text, "attn_mask", None) is not None
         self.trims = alone and pool in _TRIMMED_POOLS
 
     @classmethod
@@ -292,10 +303,15 @@ _BATCH_NORM = nn.modules.batchnorm._BatchNorm
 
 
 def build_module(config: OpenClipConfig) -> nn.Module:
-    """open_clip's module for a config, with random weights, chosen as its `create_model` chooses.
+    """open_clip's module for a config, chosen as its `create_model` chooses.
+
+    Weights are random, but for a text tower of transformers (`hf_model_name`): as in open_clip, it starts from the
+    weights that are published under that name, unless `hf_model_pretrained` is false.
 
     Raises:
         ConfigError: open_clip does not know a key, or cannot build it.
+        MissingInput: the text tower's config or weights are not to be had.
+        DamagedInput: they cannot be read.
     """
     declare_missing_ops()  # open_clip imports torchvision
     from open_clip import CLIP, CoCa, CustomTextCLIP
@@ -303,10 +319,16 @@ def build_module(config: OpenClipConfig) -> nn.Module:
     tree = copy.deepcopy(config.open_clip)
     if "timm_model_name" in tree["vision_cfg"]:
         tree["vision_cfg"]["timm_model_pretrained"] = False
-    custom = tree.pop("custom_text", False)
+    text = tree["text_cfg"]
+    custom = tree.pop("custom_text", False) or "hf_model_name" in text
+    if name := text.get("hf_model_name"):
+        only = None if text.get("hf_model_pretrained", True) else ("config.json",)
+        text["hf_model_name"] = str(resolve_transformers(name, only))
     kind: Any = CLIP if not custom else CoCa if "multimodal_cfg" in tree else CustomTextCLIP
     try:
         module: nn.Module = kind(**tree)
+    except (OSError, SafetensorError) as error:  # of what a text tower's folder holds
+        raise DamagedInput(f"text_cfg.hf_model_name: {name}: {str(error).splitlines()[0]}") from error
     except (TypeError, ValueError, AssertionError, RuntimeError, KeyError) as error:
         reason = (str(error).strip() or type(error).__name__).splitlines()[0]
         raise ConfigError(f"open_clip cannot build this {kind.__name__}: {reason[:300]}") from error

@@ -12,7 +12,6 @@ from torch.distributed import ProcessGroup
 from mmfoundry.models.interop.any_clip import AnyClip, AnyClipConfig
 from mmfoundry.models.objectives import Objective, needs, weights_of
 from mmfoundry.models.objectives.distillation import TEACHER_IMAGE, TEACHER_SCALE, TEACHER_TEXT
-from mmfoundry.models.open_clip_model import OpenClipConfig
 from mmfoundry.pipeline.errors import ConfigError
 
 CHUNK_ROWS = 256  # pairs that a teacher looks at together; its activations are not kept
@@ -67,9 +66,10 @@ def check_teacher(name: str, teacher: AnyClipConfig, student: AnyClipConfig) -> 
     Raises:
         ConfigError: its pictures have another size, its vocabulary is another, or its captions are shorter.
     """
-    if isinstance(teacher, OpenClipConfig):
-        teacher.check_tokenizer()
-    pairs = [
+    own = [config.text_cfg.hf_tokenizer_name for config in (teacher, student)]
+    if (own[0] is None) != (own[1] is None):
+        raise ConfigError(f"teachers.{name}: its captions are split by another tokenizer; they read the same batch")
+    pairs: list[tuple[str, int | None, int | None]] = [
         ("vision_cfg.image_size", teacher.vision_cfg.image_size, student.vision_cfg.image_size),
         ("text_cfg.vocab_size", teacher.text_cfg.vocab_size, student.text_cfg.vocab_size),
     ]

@@ -26,6 +26,9 @@ class TokenizerConfig(Config):
         "whitespace",
         description="all mend broken Unicode and HTML escapes; lower: to lower case; canonicalize: no punctuation, too",
     )
+    strip_sep_token: bool = Field(
+        False, description="0 in place of the token that separates sentences, as CLIPA's towers read captions"
+    )
 
 
 class TextConfig(Config):

@@ -6,6 +6,7 @@ import glob
 import importlib.util
 import os
 import re
+from collections.abc import Sequence
 from pathlib import Path
 
 from braceexpand import braceexpand
@@ -14,8 +15,19 @@ from mmfoundry.pipeline.errors import ConfigError, MissingInput
 from mmfoundry.pipeline.urls import is_url
 
 _HUB_ID = re.compile(r"(datasets/)?[\w.-]+/[\w.-]+(@[\w./-]+)?")
+_OLD_HUB_ID = re.compile(r"\w[\w.-]*")
 _PATTERN = re.compile(r"[*?\[{]")
 PACKAGE = "package:"
+# Of a repository that may hold gigabytes of weights, what a tokenizer is made of.
+_TOKENIZER_FILES = (
+    "config.json",  # names the model's type, and with it the tokenizer's class
+    "tokenizer*",
+    "special_tokens_map.json",
+    "added_tokens.json",
+    "vocab*",
+    "merges.txt",
+    "*.model",
+)
 
 
 def is_local(ref: str) -> bool:
@@ -57,6 +69,28 @@ def resolve(ref: str) -> Path:
     return _from_hub(ref)
 
 
+def resolve_transformers(ref: str, only: Sequence[str] | None = None) -> Path:
+    """The local folder of what transformers calls by `ref`, as configs of open_clip name text towers and tokenizers.
+
+    Args:
+        ref: a folder; or a hub id, of the oldest repositories also without an owner (`bert-base-uncased`).
+        only: patterns of the files that are wanted of a hub repository; None: all of them.
+    Raises:
+        MissingInput: there is nothing of that name; the text says where it was looked for.
+    """
+    path = Path(os.path.expanduser(ref))
+    if path.exists():
+        return path
+    if is_local(ref) and not _OLD_HUB_ID.fullmatch(ref):
+        raise MissingInput(f"{ref}: no such file or folder (looked in {Path.cwd()})")
+    return _from_hub(ref, only)
+
+
+def resolve_tokenizer(ref: str) -> Path:
+    """The local folder of a tokenizer of transformers; see `resolve_transformers`. Weights are not fetched."""
+    return resolve_transformers(ref, _TOKENIZER_FILES)
+
+
 def _package_folder(name: str) -> Path:
     spec = importlib.util.find_spec(name) if name.isidentifier() else None
     if spec is None or not spec.submodule_search_locations:
@@ -64,8 +98,8 @@ def _package_folder(name: str) -> Path:
     return Path(spec.submodule_search_locations[0])
 
 
-def _from_hub(ref: str) -> Path:
-    """Download a repository (all of it that is not cached yet); several ranks may call it at once."""
+def _from_hub(ref: str, only: Sequence[str] | None = None) -> Path:
+    """Download a repository (what is wanted of it and not cached yet); several ranks may call it at once."""
     # Imported here: only hub ids need it.
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import HFValidationError
@@ -73,7 +107,12 @@ def _from_hub(ref: str) -> Path:
     name, _, revision = ref.partition("@")
     kind = "dataset" if name.startswith("datasets/") else "model"
     try:
-        folder = snapshot_download(name.removeprefix("datasets/"), repo_type=kind, revision=revision or None)
+        folder = snapshot_download(
+            name.removeprefix("datasets/"),
+            repo_type=kind,
+            revision=revision or None,
+            allow_patterns=None if only is None else list(only),
+        )
     except (OSError, HFValidationError) as error:  # huggingface_hub's errors of network, name and access
         reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         raise MissingInput(

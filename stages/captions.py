@@ -16,5 +16,7 @@ def tokenizer_of(text: TextConfig | CaptionSide) -> ClipTokenizer | FolderTokeni
         DamagedInput: its files cannot be read.
         ConfigError: it does not know what to pad with.
     """
-    clean = None if text.tokenizer_kwargs is None else text.tokenizer_kwargs.clean
-    return caption_tokenizer(text.hf_tokenizer_name, text.context_length, clean)
+    asked = text.tokenizer_kwargs
+    if asked is None:
+        return caption_tokenizer(text.hf_tokenizer_name, text.context_length)
+    return caption_tokenizer(text.hf_tokenizer_name, text.context_length, asked.clean, asked.strip_sep_token)

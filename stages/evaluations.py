@@ -163,7 +163,6 @@ def as_clip(model: AnyClip) -> Clip:
         ConfigError: it wants its pictures or captions prepared in a way that evaluations do not have.
     """
     if isinstance(model, OpenClip):
-        model.config.check_tokenizer()
         model.config.check_resizing()
     tokenize = tokenizer_of(model.config.text_cfg)
     device = model.logit_scale.device

@@ -240,7 +240,6 @@ def check_open_clip(config: PretrainConfig, model: OpenClipConfig) -> None:
     Raises:
         ConfigError: the key is named.
     """
-    model.check_tokenizer()
     asked = {
         "text_groups": config.text_groups > 1,
         "text_packing": config.text_packing,

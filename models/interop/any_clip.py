@@ -13,7 +13,7 @@ from torch import Tensor
 from mmfoundry.models.clip import CLIP, ClipConfig
 from mmfoundry.models.interop.load import OPEN_CLIP_CONFIG, OPEN_CLIP_WEIGHTS, load_any_clip, read_weights
 from mmfoundry.models.interop.open_clip import from_open_clip_config, model_cfg_file, named_model_cfg
-from mmfoundry.models.io import check_fit, save_clip, untrained_clip
+from mmfoundry.models.io import HERE, TOKENIZER_FILES, check_fit, save_clip, save_tokenizer, untrained_clip
 from mmfoundry.models.open_clip_groups import unfrozen_counts
 from mmfoundry.models.open_clip_model import OpenClip, OpenClipConfig, OpenClipPreprocess
 from mmfoundry.pipeline.artifact import write_atomic
@@ -77,7 +77,8 @@ def read_clip(folder: str | Path) -> AnyClip:
     config = _open_clip_config(Path(folder))
     if config is None:
         return load_any_clip(folder)
-    model = OpenClip.from_seed(config, 0)
+    model = OpenClip.from_seed(config.architecture(), 0)
+    model.config = config
     file = Path(folder) / OPEN_CLIP_WEIGHTS
     state = {name: value for name, value in read_weights(file).items() if name != "attn_mask"}
     check_fit(model.open_clip, state, str(file))
@@ -98,6 +99,7 @@ def save_any_clip(
 
     Raises:
         NotEnoughSpace: the disk is full.
+        MissingInput: its tokenizer is named, and not to be had.
     """
     if isinstance(model, CLIP):
         save_clip(model, folder, seed=seed, state=state)
@@ -109,9 +111,13 @@ def save_any_clip(
     if config.max_logit_scale is not None:  # what is written is the value as it acts
         tensors["logit_scale"] = tensors["logit_scale"].clamp(max=torch.tensor(config.max_logit_scale).log().item())
     folder.mkdir(parents=True, exist_ok=True)
+    tree = config.open_clip
+    if (name := config.text_cfg.hf_tokenizer_name) is not None:
+        save_tokenizer(name, folder)
+        tree = tree | {"text_cfg": tree["text_cfg"] | {"hf_tokenizer_name": HERE}}
     write_atomic(folder / OPEN_CLIP_WEIGHTS, save(tensors, metadata={"format": "pt"}))
     record = {
-        "model_cfg": config.open_clip,
+        "model_cfg": tree,
         "preprocess_cfg": config.preprocess_cfg.model_dump(mode="json"),
         OURS: {"init_seed": seed, "max_logit_scale": config.max_logit_scale},
     }
@@ -144,6 +150,13 @@ def _open_clip_config(folder: Path) -> OpenClipConfig | None:
     parts = (record.get("model_cfg", {}), record.get("preprocess_cfg") or {})
     if not all(isinstance(part, dict) for part in parts):
         raise DamagedInput(f"{file}: model_cfg and preprocess_cfg should be JSON objects")
+    text = parts[0].get("text_cfg")
+    if (
+        isinstance(text, dict)
+        and text.get("hf_tokenizer_name")
+        and any((file.parent / each).is_file() for each in TOKENIZER_FILES)
+    ):
+        parts = (parts[0] | {"text_cfg": text | {"hf_tokenizer_name": str(folder)}}, parts[1])
     ours = _ours(record)
     if ours:  # we wrote it: an OpenClip stays one, even where our own towers could express it
         tree = {"open_clip": parts[0], "preprocess_cfg": parts[1], "max_logit_scale": ours.get("max_logit_scale")}

@@ -45,7 +45,6 @@ def save_for_open_clip(model: AnyClip, folder: str | Path) -> None:
     if name is None:
         check_vocabulary(model.config)
     if isinstance(model, OpenClip):
-        model.config.check_tokenizer()
         model.config.check_resizing()
         save_any_clip(model, folder)
         return

@@ -1,5 +1,6 @@
 """What a batch costs by formula, against torch's own count of what was computed."""
 
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -14,6 +15,7 @@ from mmfoundry.models.lock import lock_image_tower
 from mmfoundry.models.open_clip_groups import lock_open_clip_tower
 from mmfoundry.models.open_clip_model import OpenClip, OpenClipConfig
 from mmfoundry.pipeline.config import parse
+from tests.models.test_open_clip_transformers import config as config_of_transformers
 from tests.models.tiny import tiny_clip, tiny_config, tokens
 from tests.models.tiny_open_clip import KINDS
 from tests.models.tiny_open_clip import config as config_of_open_clip
@@ -78,6 +80,14 @@ def test_open_clips_modules_are_counted_for_captions_of_any_length(kind: str) ->
         image = torch.zeros(5, 3, side, side, dtype=torch.uint8)
         batch = {"image": image, "text": tokens([length] * 5, context=length)}
         assert work(batch).flops == pytest.approx(whole_pass(model, batch), rel=1e-9)
+
+
+def test_a_text_tower_of_transformers_is_counted(tmp_path: Path) -> None:
+    model = OpenClip.from_seed(config_of_transformers("tower", tmp_path), 0)
+    side, length = model.config.vision_cfg.image_size, model.config.text_cfg.context_length
+    image = torch.zeros(5, 3, side, side, dtype=torch.uint8)
+    batch = {"image": image, "text": torch.arange(5 * length).reshape(5, length) % 9}  # 0 among them: padding
+    assert open_clip_work(model)(batch).flops == pytest.approx(whole_pass(model, batch), rel=1e-9)
 
 
 def whole_pass(model: OpenClip, batch: dict[str, Any]) -> int:
