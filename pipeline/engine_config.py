@@ -234,4 +234,6 @@ def _typed(config: EngineConfig, world_size: int) -> dict[str, tuple[str, Any]]:
         typed["optimizer.type"] = ("optimizer.type", optimizer.type)
         for key in ("lr", "betas", "eps", "weight_decay"):
             typed[f"optimizer.params.{key}"] = (f"optimizer.{key}", getattr(optimizer, key))
+        if optimizer.momentum is not None:
+            typed["optimizer.params.momentum"] = ("optimizer.momentum", optimizer.momentum)
     return typed
