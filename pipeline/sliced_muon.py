@@ -15,8 +15,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from mmfoundry.pipeline.slices import Cut, Partition, Shares
 from mmfoundry.pipeline.sliced_optimizers import SlicedOptimizer, count_update, kept
+from mmfoundry.pipeline.slices import Cut, Partition, Shares
 from mmfoundry.pipeline.torchvision_ops import declare_missing_ops
 
 
