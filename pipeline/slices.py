@@ -176,13 +176,15 @@ class Shares:
         going = [[cut.slices[me].numel for cut in cuts] for cuts in owned]
         coming = [[cut.slices[rank].numel for cut in owned[me]] for rank in range(self._world)]
         mine = [read(cut) for cuts in owned for cut in cuts]
+        nothing = mine[0].new_empty(0)
         pieces = exchange(mine, going, coming, group)
+        del mine
         results = []
         for index, cut in enumerate(owned[me]):
             whole = torch.cat([from_rank[index] for from_rank in pieces]).view(cut.shape)
             results.append(compute(whole).flatten().split([each.numel for each in cut.slices]))
         answers = [result[rank] for rank in range(self._world) for result in results]
-        pieces = exchange([mine[0].new_empty(0), *answers], coming, going, group)
+        pieces = exchange([nothing, *answers], coming, going, group)
         for cuts, from_rank in zip(owned, pieces, strict=True):
             for cut, piece in zip(cuts, from_rank, strict=True):
                 write(cut, piece)
