@@ -12,7 +12,7 @@ RATES: dict[str, tuple[float, ...]] = {
     "lion": (1e-4, 2e-4, 4e-4),
     "adan": (1.5e-3, 3e-3, 6e-3),
     "lamb": (3e-3, 1e-2, 3e-2),
-    "muon": (7.5e-4, 1.5e-3, 3e-3),
+    "muon": (7.5e-4, 1.5e-3, 3e-3, 6e-3),
     "sgd_sai": (1e-2, 3e-2, 1e-1),
 }
 

@@ -21,6 +21,8 @@ from mmfoundry.pipeline.distributed import Runtime
 from mmfoundry.pipeline.engine_config import EngineConfig, deepspeed_config, zero_stage
 from mmfoundry.pipeline.grad_cache import Batch
 from mmfoundry.pipeline.optimizers import ParamGroup
+from mmfoundry.pipeline.sliced_optimizers import SlicedOptimizer
+from mmfoundry.pipeline.slices import partitions_of
 
 Objective = Callable[[Any, Batch, ProcessGroup | None], dict[str, Tensor]]
 
@@ -106,6 +108,8 @@ class Engine:
             environment.enter_context(_local_rank(runtime.local_rank))
             self.deepspeed = _initialize(module, self.base_optimizer, settings, runtime)
             self._environment = environment.pop_all()
+        if isinstance(self.base_optimizer, SlicedOptimizer):
+            self.base_optimizer.bind(partitions_of(self.deepspeed.optimizer, self.stage), self.device)
         for group in self.deepspeed.optimizer.param_groups:
             group["peak_lr"] = group["lr"] * group.get("lr_scale", 1.0)
         if runtime.world_size == 1 and self.stage == 0:

@@ -234,4 +234,8 @@ def _typed(config: EngineConfig, world_size: int) -> dict[str, tuple[str, Any]]:
         typed["optimizer.type"] = ("optimizer.type", optimizer.type)
         for key in ("lr", "betas", "eps", "weight_decay"):
             typed[f"optimizer.params.{key}"] = (f"optimizer.{key}", getattr(optimizer, key))
+        if optimizer.momentum is not None:
+            typed["optimizer.params.momentum"] = ("optimizer.momentum", optimizer.momentum)
+        if optimizer.type != "adamw":  # what DeepSpeed leaves on the device, AdamW updates, whatever the rest is given
+            typed["zero_optimization.offload_optimizer.ratio"] = (f"optimizer.type {optimizer.type}", 1.0)
     return typed

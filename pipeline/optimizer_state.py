@@ -6,6 +6,7 @@ parameter, laid end to end. Getting is a collective: every rank asks for the sam
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable
 from typing import Any
 
@@ -13,6 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from mmfoundry.pipeline.engine import Engine
+from mmfoundry.pipeline.sliced_optimizers import SlicedOptimizer
 
 # What a rank's slice of a group counts its updates with; not cut, the same for every element.
 COUNTER = "step"
@@ -33,9 +35,12 @@ def state_keys(engine: Engine) -> list[str]:
 def state_shapes(engine: Engine, parameter: nn.Parameter, keys: list[str]) -> dict[str, tuple[int, ...]]:
     """Which of `keys` the optimizer keeps of a trainable parameter, and the shape of each, whole.
 
-    Under ZeRO 1 to 3 all of them, in the parameter's shape; optimizers that look at whole tensors (stage 0 only) may
-    treat parameters differently, and keep numbers of a shape of their own.
+    Optimizers that look at whole tensors may treat parameters differently, and keep numbers of a shape of their own;
+    of others, ZeRO 1 to 3 keep all of them, in the parameter's shape.
     """
+    optimizer = engine.base_optimizer
+    if isinstance(optimizer, SlicedOptimizer):
+        return optimizer.shapes(parameter)
     shape = tuple(getattr(parameter, "ds_shape", parameter.shape))  # at stage 3 the parameter itself is cut up
     if engine.stage:
         return dict.fromkeys(keys, shape)
@@ -51,6 +56,9 @@ def full_state(engine: Engine, parameter: nn.Parameter, key: str) -> Tensor:
     """The whole state `key` of a trainable parameter, in its shape."""
     if engine.stage == 0:
         return engine.base_optimizer.state[parameter][key]
+    optimizer = engine.base_optimizer
+    if isinstance(optimizer, SlicedOptimizer) and key in optimizer.per_tensor:
+        return optimizer.number(parameter, key)
     if engine.stage == 3:
         return parameter._z3_optimizer.get_full_hp_param(parameter, key)  # type: ignore[attr-defined]
     mapping = parameter._hp_mapping  # type: ignore[attr-defined]
@@ -82,6 +90,13 @@ def load_states(
             kept = {key: value for key, value in found.items() if value is not None}
             states[parameter] = {key: value.float().to(parameter.device).clone() for key, value in kept.items()}
             states[parameter][COUNTER] = torch.tensor(count, dtype=torch.float32, device=parameter.device)
+        return
+    if isinstance(engine.base_optimizer, SlicedOptimizer):
+        engine.base_optimizer.load_count(count)
+        for parameter, key in itertools.product(engine.trainable, keys):
+            value = read(parameter, key)
+            if value is not None:
+                engine.base_optimizer.load(parameter, key, value.to(torch.float32))
         return
     slices = optimizer.fp32_partitioned_groups_flat if engine.stage == 3 else optimizer.single_partition_of_fp32_groups
     for slice_ in slices:

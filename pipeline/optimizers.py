@@ -10,8 +10,9 @@ from pydantic import Field, field_validator, model_validator
 from torch import nn
 
 from mmfoundry.pipeline.config import Config
-from mmfoundry.pipeline.errors import ConfigError
 from mmfoundry.pipeline.registry import Registry
+from mmfoundry.pipeline.sliced_muon import SlicedMuon
+from mmfoundry.pipeline.sliced_optimizers import SlicedLamb, SlicedOptimizer, SlicedSgdSai
 from mmfoundry.pipeline.torchvision_ops import declare_missing_ops
 
 ParamGroup = dict[str, Any]
@@ -77,23 +78,21 @@ def build_optimizer(groups: list[ParamGroup], config: OptimizerConfig, zero_stag
     Args:
         groups: from `decay_groups`.
         config: which, and its numbers.
-        zero_stage: how the engine cuts up what the optimizer is given.
-    Raises:
-        ConfigError: it looks at whole tensors, which ZeRO 1 to 3 do not leave.
+        zero_stage: how the engine cuts up what the optimizer is given. From 1 on, one that looks at whole tensors is
+            a `SlicedOptimizer`, which wants to be told what lies where.
     """
-    make = OPTIMIZERS[config.type]
-    if zero_stage and getattr(make, "whole_tensors", False):
-        raise ConfigError(
-            f"optimizer.type: {config.type} looks at whole tensors, which zero_optimization.stage {zero_stage} cuts up"
-            "; set that stage to 0, or take adamw, adan or lion"
-        )
-    return make(groups, config)
+    optimizer = OPTIMIZERS[config.type](groups, config)
+    sliced = _sliced(config.type) if zero_stage else None
+    return optimizer if sliced is None else sliced(optimizer)
 
 
-def _whole_tensors(make: Any) -> Any:
-    """Mark an optimizer whose update of one number depends on others of its tensor."""
-    make.whole_tensors = True
-    return make
+def looks_at_whole_tensors(name: str) -> bool:
+    """Whether the update of one number depends on others of its tensor."""
+    return _sliced(name) is not None
+
+
+def _sliced(name: str) -> type[SlicedOptimizer] | None:
+    return {"muon": SlicedMuon, "lamb": SlicedLamb, "sgd_sai": SlicedSgdSai}.get(name)
 
 
 @OPTIMIZERS.register("adamw")
@@ -119,7 +118,6 @@ def adan(groups: list[ParamGroup], config: OptimizerConfig) -> torch.optim.Optim
 
 
 @OPTIMIZERS.register("lamb")
-@_whole_tensors
 def lamb(groups: list[ParamGroup], config: OptimizerConfig) -> torch.optim.Optimizer:
     """Adam with a rate a tensor, by the ratio of norms (You et al. 2019, arXiv 1904.00962), for large batches."""
     optimizer = _timm().Lamb(
@@ -134,7 +132,6 @@ def lamb(groups: list[ParamGroup], config: OptimizerConfig) -> torch.optim.Optim
 
 
 @OPTIMIZERS.register("muon")
-@_whole_tensors
 def muon(groups: list[ParamGroup], config: OptimizerConfig) -> torch.optim.Optimizer:
     """Orthogonalised momentum for hidden matrices (Jordan et al. 2024), AdamW with Nesterov momentum for the rest.
 
@@ -155,7 +152,6 @@ def muon(groups: list[ParamGroup], config: OptimizerConfig) -> torch.optim.Optim
 
 
 @OPTIMIZERS.register("sgd_sai")
-@_whole_tensors
 def sgd_sai(groups: list[ParamGroup], config: OptimizerConfig) -> torch.optim.Optimizer:
     """SGD with momentum, rates scaled at the first step (Xu et al. 2024, arXiv 2412.11768): half of AdamW's memory."""
     from mmfoundry.pipeline.sgd_sai import SgdSai

@@ -12,7 +12,7 @@ from mmfoundry.pipeline.engine_config import EngineConfig
 from mmfoundry.pipeline.errors import ConfigError
 from mmfoundry.pipeline.guard import GuardConfig
 from mmfoundry.pipeline.heartbeat import HeartbeatConfig
-from mmfoundry.pipeline.optimizers import OptimizerConfig
+from mmfoundry.pipeline.optimizers import OptimizerConfig, looks_at_whole_tensors
 from mmfoundry.pipeline.schedules import SchedulerConfig
 
 
@@ -57,6 +57,15 @@ class TrainerConfig(EngineConfig):
         given = [name for name in ("max_steps", "max_samples", "max_epochs") if getattr(self, name) is not None]
         if len(given) != 1:
             raise ValueError(f"give one of max_steps, max_samples and max_epochs; given: {', '.join(given) or 'none'}")
+        return self
+
+    @model_validator(mode="after")
+    def _keeps_whole_tensors_off_the_disk(self) -> TrainerConfig:
+        if self.zero_optimization.offload_optimizer.device == "nvme" and looks_at_whole_tensors(self.optimizer.type):
+            raise ValueError(
+                f"optimizer.type {self.optimizer.type} looks at whole tensors and does not go with "
+                "zero_optimization.offload_optimizer.device nvme; set that to cpu, or take adamw, adan or lion"
+            )
         return self
 
     @model_validator(mode="after")

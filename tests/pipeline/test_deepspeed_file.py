@@ -119,6 +119,23 @@ def test_what_it_contradicts_is_named(theirs: Any, text: str, tmp_path: Path) ->
     assert "ds.json" in str(error.value)
 
 
+def test_a_file_may_name_muon_as_it_is_here(tmp_path: Path) -> None:
+    muon = {"optimizer": {"type": "muon", "momentum": 0.9}}
+    theirs = {"type": "Muon", "params": {"lr": 0.001, "momentum": 0.9}}
+    assert "optimizer" not in settings(tmp_path, {"optimizer": theirs}, **muon)
+    theirs["params"] = {"momentum": 0.95}
+    with pytest.raises(ConfigError, match=r"optimizer.params.momentum is 0.95, but optimizer.momentum makes it 0.9"):
+        settings(tmp_path, {"optimizer": theirs}, **muon)
+
+
+def test_only_adamw_may_stay_on_the_device_in_part(tmp_path: Path) -> None:
+    """There, DeepSpeed 0.19.8 has an AdamW of its own take the place of any optimizer."""
+    theirs = {"zero_optimization": {"offload_optimizer": {"ratio": 0.5}}}
+    assert settings(tmp_path, theirs)["zero_optimization"]["offload_optimizer"]["ratio"] == 0.5
+    with pytest.raises(ConfigError, match=r"offload_optimizer.ratio is 0.5, but optimizer.type lion makes it 1.0"):
+        settings(tmp_path, theirs, optimizer={"type": "lion"})
+
+
 def test_every_contradiction_is_named_at_once(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match=r"train_batch_size is 32.*; zero_optimization\.stage is 1"):
         settings(tmp_path, {"train_batch_size": 32, "zero_optimization": {"stage": 1}})
