@@ -1,13 +1,15 @@
 """How time and memory of the `filter` stage grow with the pool: drawn DataComp metadata, 1 to 10 million rows.
 
     python benchmarks/filter_scale.py [--quick] [--json PATH] [--rows 1e6 2e6 ...] [--workers 2] [--work FOLDER]
-                                      [--plot PATH] [--filters TREE]
+                                      [--plot PATH] [--filters TREE] [--hashes] [--width 64]
 
 Each run is the whole stage in a process of its own, as a user starts it: repeated uids, DataComp's basic filtering with
 fastText's language, and the best 30% by CLIP score of what is left; out come the subset, the kept rows and the account.
 Memory is that of all processes together, shared pages counted once (PSS), looked at every tenth of a second; it is held
-against the 4 GB that ten million rows may take. Seconds a million rows say whether time grows in line: the last row
-compares the largest pool with the smallest. `--filters` measures another tree, e.g. caption_near_duplicate.
+against the 4 GB that ten million rows may take. CPU seconds are those of all processes together: on a machine that does
+other work as well they say more than seconds. Seconds a million rows say whether time grows in line: the last row
+compares the largest pool with the smallest. `--filters` measures another tree, e.g. caption_near_duplicate; for
+near_duplicate the pool needs `--hashes`, for semantic_duplicate embeddings of a `--width`.
 
 Pools lie in `--work` (git ignores it) and are drawn once.
 """
@@ -17,6 +19,7 @@ from __future__ import annotations
 import argparse
 import json
 import os
+import resource
 import shutil
 import subprocess
 import sys
@@ -45,6 +48,7 @@ class Measured:
 
     rows: int
     seconds: float
+    cpu_seconds: float
     peak_gb: float
     kept: int
 
@@ -58,16 +62,25 @@ def main(arguments: Sequence[str] | None = None) -> list[dict[str, Any]]:
     parser.add_argument("--workers", type=int, default=2, help="processes of the stage")
     parser.add_argument("--work", type=Path, default=ROOT / "runs" / "benchmark-filter-scale", help="folder for pools")
     parser.add_argument("--filters", default=TREE, metavar="TREE", help="YAML (default: %(default)s)")
+    parser.add_argument("--hashes", action="store_true", help="pools with perceptual hashes")
+    parser.add_argument("--width", type=int, default=0, help="of b32_img in the pools (default: none)")
     parser.add_argument("--plot", type=Path, help="also draw seconds and memory over rows, as SVG")
     options = parser.parse_args(arguments)
     sizes = [int(rows) for rows in options.rows or (QUICK if options.quick else FULL)]
     measured = []
-    print(f"{'rows':>12} {'seconds':>9} {'s / million':>12} {'peak GB':>8} {'kept':>10}")
+    print(f"{'rows':>12} {'seconds':>9} {'s / million':>12} {'CPU s':>9} {'peak GB':>8} {'kept':>10}")
     for rows in sizes:
-        one = run(pool_of(options.work, rows), options.work, rows, options.workers, options.filters)
+        one = run(
+            pool_of(options.work, rows, options.hashes, options.width),
+            options.work,
+            rows,
+            options.workers,
+            options.filters,
+        )
         measured.append(one)
         per_million = one.seconds / rows * 1e6
-        print(f"{rows:>12,} {one.seconds:>9.1f} {per_million:>12.2f} {one.peak_gb:>8.2f} {one.kept:>10,}", flush=True)
+        times = f"{one.seconds:>9.1f} {per_million:>12.2f} {one.cpu_seconds:>9.1f}"
+        print(f"{rows:>12,} {times} {one.peak_gb:>8.2f} {one.kept:>10,}", flush=True)
     table = rows_of(measured)
     print(f"time of the last against time in line with the first: {table[-1]['ratio']:.2f}")
     if options.plot:
@@ -90,14 +103,15 @@ def rows_of(measured: Sequence[Measured]) -> list[dict[str, Any]]:
     return [*table, {"work": work, "ours": ours, "peer": peer, "unit": "s / million rows", "ratio": peer / ours}]
 
 
-def pool_of(work: Path, rows: int) -> Path:
+def pool_of(work: Path, rows: int, hashes: bool = False, width: int = 0) -> Path:
     """A pool of so many rows, drawn if it is not there yet."""
     from tests.data.filters.datacomp_pool import write_pool
 
-    folder = work / f"pool-{rows}"
+    folder = work / f"pool-{rows}{'-hashes' if hashes else ''}{f'-{width}' if width else ''}"
     if not (folder / "whole").exists():
         shutil.rmtree(folder, ignore_errors=True)
-        write_pool(folder, rows, files=-(-rows // _ROWS_PER_FILE), edges=False)
+        files = -(-rows // _ROWS_PER_FILE)
+        write_pool(folder, rows, files=files, edges=False, hashes=hashes, width=width, names=("b32_img",))
         (folder / "whole").touch()
     return folder
 
@@ -125,20 +139,26 @@ def run(pool: Path, work: Path, rows: int, workers: int, filters: str = TREE) ->
     config.write_text(yaml.safe_dump(settings), encoding="utf-8")
     code = "from mmfoundry.launch.cli import main; main()"
     environment = os.environ | {"HF_HUB_OFFLINE": "1"}
-    began = time.perf_counter()
+    began, cpu_before = time.perf_counter(), _cpu_of_children()
     with open(work / "stage.log", "wb") as log:
         command = [sys.executable, "-c", code, "filter", str(config), f"output={output}"]
         process = subprocess.Popen(command, stdout=log, stderr=log, env=environment)
         peak = PeakMemory(process.pid)
         failed = process.wait()
-    seconds = time.perf_counter() - began
+    seconds, cpu_seconds = time.perf_counter() - began, _cpu_of_children() - cpu_before
     peak_bytes = peak.stop()
     if failed:
         raise SystemExit(f"the stage ended with {failed}; see {work / 'stage.log'}")
     kept = json.loads((output / "funnel.json").read_text(encoding="utf-8"))["kept"]
     for made in (output, work / "output.cache"):
         shutil.rmtree(made)
-    return Measured(rows, seconds, peak_bytes / 1e9, kept)
+    return Measured(rows, seconds, cpu_seconds, peak_bytes / 1e9, kept)
+
+
+def _cpu_of_children() -> float:
+    """Seconds of all cores, user and system, of the processes below this one that have ended."""
+    used = resource.getrusage(resource.RUSAGE_CHILDREN)
+    return used.ru_utime + used.ru_stime
 
 
 class PeakMemory:

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import shutil
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, fields
@@ -17,9 +18,11 @@ from typing import Any
 import numpy as np
 import polars as pl
 
+from mmfoundry.data.crew import Crew
 from mmfoundry.data.derived.base import DERIVATIONS, PACKAGED, Models, derive, files_of, sources_of
+from mmfoundry.data.executors import Executor
 from mmfoundry.data.filters.account import COUNTED, IDENTITY_READ, Account, Judgement, account_of, judgement_of
-from mmfoundry.data.filters.base import Filter, PoolFilter
+from mmfoundry.data.filters.base import Filter, PoolFilter, SharedMerge
 from mmfoundry.data.filters.basic import Readable
 from mmfoundry.data.filters.examples import candidates_of
 from mmfoundry.data.filters.passes import Standing, columns_of, take_turns
@@ -239,8 +242,8 @@ def standing_after(judging: Judging, part: Part) -> Standing:
     return standing
 
 
-def merge(judging: Judging, turn: Turn, parts: Sequence[Part]) -> None:
-    """Make one state of all parts' partials of a round."""
+def merge(judging: Judging, turn: Turn, parts: Sequence[Part], executor: Executor) -> None:
+    """Make one state of all parts' partials of a round; `executor`'s workers help where there is work for them."""
     cache, plan = judging.cache, judging.plan
     place = judging.state_path(plan, turn)
     if cache.has(place):
@@ -250,7 +253,12 @@ def merge(judging: Judging, turn: Turn, parts: Sequence[Part]) -> None:
     assert turn.round is not None
     earlier = [_state(judging.state_path(plan, Turn(turn.operation, number))) for number in range(turn.round)]
     partials = [pl.scan_parquet(judging.partial_path(plan, turn, part), glob=False) for part in parts]
-    cache.put(place, one.merge(partials, earlier))
+    if not isinstance(one, SharedMerge):
+        cache.put(place, one.merge(partials, earlier))
+        return
+    crew = Crew(cache.folder / "merging" / f"{plan.key(turn.operation, judging.pool)}-{turn.round}", executor)
+    cache.put(place, one.merge_with(crew, partials, earlier))
+    shutil.rmtree(crew.folder, ignore_errors=True)  # what it shared is in the state now
 
 
 @dataclass(frozen=True)

@@ -79,7 +79,8 @@ class TableCache:
         for left_over in self.folder.rglob(".*.part"):  # of a write that was cut off
             if left_over.stat().st_mtime < since:
                 left_over.unlink(missing_ok=True)
-        for path in self.folder.rglob("*.parquet"):
+        arrays = self.folder.rglob("*.npy")  # of a merge that was cut off
+        for path in (*self.folder.rglob("*.parquet"), *arrays):
             state = path.stat()
             if state.st_mtime < since:
                 _digest_path(path).unlink(missing_ok=True)

@@ -282,7 +282,7 @@ def _run_passes(judging: Judging, parts: Sequence[Part], workers: Workers) -> bo
             if context.runtime.is_main:
                 for turn in turns:
                     if turn.round is not None:
-                        merge(judging, turn, parts)
+                        merge(judging, turn, parts, workers.executor)
             barrier(context.runtime.group)
             if judging.unique and asked in turns and not judging.is_unique():
                 return False

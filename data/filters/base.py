@@ -13,6 +13,7 @@ from typing import ClassVar, Literal
 
 import polars as pl
 
+from mmfoundry.data.crew import Crew, alone
 from mmfoundry.pipeline.config import Config
 from mmfoundry.pipeline.registry import Registry
 
@@ -122,6 +123,25 @@ class PoolFilter(Filter):
             partials.append(self.partial(table, states))
             states.append(self.merge([partials[-1].lazy()], states))
         return self.judge(table, states, partials).cast(pl.Boolean).alias("keep")
+
+
+class SharedMerge(PoolFilter):
+    """A filter whose merge is work for many: it defines `merge_with` in place of `merge`."""
+
+    def merge(self, partials: Sequence[pl.LazyFrame], states: Sequence[pl.DataFrame]) -> pl.DataFrame:
+        """As `merge_with`, by this process alone."""
+        with alone() as crew:
+            return self.merge_with(crew, partials, states)
+
+    def merge_with(self, crew: Crew, partials: Sequence[pl.LazyFrame], states: Sequence[pl.DataFrame]) -> pl.DataFrame:
+        """The state of round `len(states)`, the same whoever the crew is.
+
+        Args:
+            crew: who shares the work.
+            partials: as `merge` has them.
+            states: of the earlier rounds.
+        """
+        raise NotImplementedError
 
 
 FILTERS: Registry[type[Filter]] = Registry("filter", package="mmfoundry.data.filters")

@@ -9,20 +9,19 @@ import numpy as np
 import polars as pl
 from pydantic import Field
 
-from mmfoundry.data.filters.base import FILTERS, PoolFilter
-from mmfoundry.data.hamming import keys_of, pairs_that_pass, stay_in_turn
+from mmfoundry.data.crew import Crew
+from mmfoundry.data.filters.base import FILTERS, SharedMerge
+from mmfoundry.data.hamming import Nearness
+from mmfoundry.data.near_rows import CodedRows
 from mmfoundry.data.uids import high_low, mixed
 
 NUM_HASHES = 64
-_PAIRS_AT_ONCE = 1 << 18  # whose signatures are compared
-_MANY = 100_000  # signatures from which two bands must agree
-_FEW = 20  # hashes that may differ; past it there are too many pairs of bands
 _WORD = re.compile(r"\w+")
 _CAPTION = ("high", "low", "caption_index")
 
 
 @FILTERS.register("caption_near_duplicate")
-class CaptionNearDuplicate(PoolFilter):
+class CaptionNearDuplicate(SharedMerge):
     """Of captions made of nearly the same words, the one with the smallest uid stays.
 
     The similarity of two captions is that of their sets of n-grams of words (Jaccard: shared ones over all), estimated
@@ -47,20 +46,19 @@ class CaptionNearDuplicate(PoolFilter):
         dtype = pl.Array(pl.UInt16, NUM_HASHES)
         return rows.select(_CAPTION).with_columns(signature=pl.Series(found, dtype=dtype)).unique()
 
-    def merge(self, partials: Sequence[pl.LazyFrame], states: Sequence[pl.DataFrame]) -> pl.DataFrame:
+    def merge_with(self, crew: Crew, partials: Sequence[pl.LazyFrame], states: Sequence[pl.DataFrame]) -> pl.DataFrame:
         """The captions that are dropped.
 
-        Memory: 60 bytes a caption, and 128 of each that has a signature of its own.
+        Memory: 60 bytes a caption in this process, 16 of each with a signature of its own in every worker, and 190 of
+        each of these in files that all of them map.
         """
-        names, mark = _named(partials)
-        order = np.lexsort((mark, *(names[name].to_numpy() for name in reversed(_CAPTION))))
-        ordered = names[order]
+        rows = CodedRows(partials, "signature", _words)
+        names, marks = rows.named(_CAPTION)
+        order = np.lexsort((marks, *(names[name].to_numpy() for name in reversed(_CAPTION))))
         # not so for two samples of one uid, which have names in common
-        order = order[ordered.select(pl.struct(_CAPTION).is_first_distinct()).to_series().to_numpy()]
-        first = np.sort(np.unique(mark[order], return_index=True)[1])  # later rows of an equal signature never stay
-        rows = _signatures_at(partials, order[first], len(mark))
-        stays = np.zeros(len(order), bool)
-        stays[first] = _stays(rows, self.min_similarity)
+        order = order[names[order].select(pl.struct(_CAPTION).is_first_distinct()).to_series().to_numpy()]
+        differing = NUM_HASHES - math.ceil(self.min_similarity * NUM_HASHES)
+        stays = rows.leaders(order, marks, Nearness(differing, NUM_HASHES, place_bits=16), crew)
         return names[order[~stays]]
 
     def judge(self, table: pl.DataFrame, states: Sequence[pl.DataFrame], partials: Sequence[pl.DataFrame]) -> pl.Series:
@@ -118,69 +116,6 @@ def _grams(captions: Sequence[str], words: int) -> tuple[np.ndarray, np.ndarray]
     return grams, np.cumsum(counts) - counts
 
 
-def _named(partials: Sequence[pl.LazyFrame]) -> tuple[pl.DataFrame, np.ndarray]:
-    """The names of all captions, and a number for each that is equal for equal signatures: uint64 (n,)."""
-    names, marks = [], []
-    for partial in partials:
-        table = partial.collect()
-        names.append(table.select(_CAPTION))
-        marks.append(mixed(*_as_array(table["signature"]).view(np.uint64).T))
-    return pl.concat(names), np.concatenate(marks)
-
-
-def _signatures_at(partials: Sequence[pl.LazyFrame], wanted: np.ndarray, count: int) -> np.ndarray:
-    """The signatures of some of all `count` captions.
-
-    Args:
-        partials: gone through one by one.
-        wanted: rows of the partials put together, in the order in which they are wanted.
-        count: rows of the partials put together.
-    Returns:
-        uint16 (len(wanted), 64).
-    """
-    place = np.full(count, -1, np.int64)
-    place[wanted] = np.arange(len(wanted))
-    rows, start = np.empty((len(wanted), NUM_HASHES), np.uint16), 0
-    for partial in partials:
-        found = _as_array(partial.select("signature").collect().to_series())
-        here = place[start : start + len(found)]
-        rows[here[here >= 0]] = found[here >= 0]
-        start += len(found)
-    return rows
-
-
-def _stays(rows: np.ndarray, min_similarity: float) -> np.ndarray:
-    """Which of different signatures stay: uint16 (n, 64), in order of precedence -> bool (n,).
-
-    Similar ones differ in at most d hashes, so of d + t bands of hashes they agree in at least t: no pair is missed. Of
-    few rows t is 1; of many it is 2, for which fewer are compared that are not similar.
-    """
-    if not len(rows):
-        return np.zeros(0, bool)
-    needed = math.ceil(min_similarity * NUM_HASHES)
-
-    def similar(one: np.ndarray, other: np.ndarray) -> np.ndarray:
-        passed = np.empty(len(one), bool)
-        for start in range(0, len(one), _PAIRS_AT_ONCE):
-            some = slice(start, start + _PAIRS_AT_ONCE)
-            passed[some] = (rows[one[some]] == rows[other[some]]).sum(axis=1) >= needed
-        return passed
-
-    differing = NUM_HASHES - needed
-    agreeing = 2 if len(rows) >= _MANY and differing <= _FEW else 1
-    keys = keys_of(list(_bands(rows, min(differing + agreeing, NUM_HASHES))), agreeing)
-    return stay_in_turn(len(rows), pairs_that_pass(keys, similar))
-
-
-def _bands(rows: np.ndarray, count: int) -> np.ndarray:
-    """uint32 (count, n): a number for each band of hashes of each row, equal where they are."""
-    found = np.empty((count, len(rows)), np.uint32)
-    for start in range(0, len(rows), _PAIRS_AT_ONCE):
-        columns = np.ascontiguousarray(rows[start : start + _PAIRS_AT_ONCE].T)
-        for band, some in enumerate(np.array_split(columns, count)):
-            found[band, start : start + _PAIRS_AT_ONCE] = mixed(*some) >> np.uint64(32)
-    return found
-
-
-def _as_array(column: pl.Series) -> np.ndarray:
-    return np.ascontiguousarray(column.to_numpy().reshape(len(column), NUM_HASHES), np.uint16)
+def _words(signatures: pl.Series) -> np.ndarray:
+    """Signatures, four hashes a word: uint64 (n, 16)."""
+    return np.ascontiguousarray(signatures.to_numpy().reshape(-1, NUM_HASHES), np.uint16).view(np.uint64)

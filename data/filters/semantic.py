@@ -1,7 +1,8 @@
 """`semantic_duplicate`: pictures that mean the same, by their embeddings (SemDeDup)."""
 
-import tempfile
+import shutil
 from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
@@ -9,20 +10,22 @@ import polars as pl
 from pydantic import Field, field_validator
 
 from mmfoundry.data.clusters import faiss_library, matrix_of
-from mmfoundry.data.filters.base import FILTERS, PoolFilter
+from mmfoundry.data.crew import Crew
+from mmfoundry.data.filters.base import FILTERS, SharedMerge
 from mmfoundry.data.filters.near_duplicate import not_among
 from mmfoundry.data.filters.parameters import embedding_column
 from mmfoundry.data.uids import high_low, mixed
 from mmfoundry.pipeline.errors import MmfoundryError
 
-_ROWS_A_BLOCK = 1024  # of a cluster, compared at once with those before them
+_ROWS_A_BLOCK = 1024  # of a cluster, compared at once with some of those before them
+_ROWS_BEFORE = 8192  # how many: 32 MB of cosines
 _SAMPLES_A_CLUSTER = 8_800  # SemDeDup: 440M samples in 50,000 clusters
 _CANDIDATES = 4  # centroids looked at again in float64, since sums in float32 depend on how rows lie in memory
-_BUCKET_BYTES = 1 << 29  # of embeddings, compared in memory
+_BUCKET_BYTES = 1 << 28  # of embeddings, compared in the memory of one worker
 
 
 @FILTERS.register("semantic_duplicate")
-class SemanticDuplicate(PoolFilter):
+class SemanticDuplicate(SharedMerge):
     """Of samples with nearly the same embedding, the one farthest from its cluster's centroid stays.
 
     SemDeDup (Abbas et al. 2023, arXiv 2303.09540): embeddings are scaled to length 1 and clustered by spherical
@@ -66,7 +69,7 @@ class SemanticDuplicate(PoolFilter):
         numbers = {"cluster": pl.Series(clusters, dtype=pl.UInt32), "distance": pl.Series(distances, dtype=pl.Float64)}
         return _with_vectors(rows.with_columns(**numbers), units)
 
-    def merge(self, partials: Sequence[pl.LazyFrame], states: Sequence[pl.DataFrame]) -> pl.DataFrame:
+    def merge_with(self, crew: Crew, partials: Sequence[pl.LazyFrame], states: Sequence[pl.DataFrame]) -> pl.DataFrame:
         """The highest draw that is trained on, with samples and clusters; the centroids; the uids that are dropped.
 
         Raises:
@@ -79,23 +82,27 @@ class SemanticDuplicate(PoolFilter):
             highest = pl.Series([draws[last] if len(draws) else 0], dtype=pl.UInt64)
             return pl.DataFrame({"draw": highest, "samples": [len(draws)], "clusters": [clusters]})
         if len(states) == 1:
-            return self._centroids([partial.collect() for partial in partials], states[0]["clusters"][0])
-        return _duplicates(partials, 1.0 - self.epsilon)
+            return self._centroids(partials, states[0]["clusters"][0])
+        return _duplicates(crew, partials, 1.0 - self.epsilon)
 
     def judge(self, table: pl.DataFrame, states: Sequence[pl.DataFrame], partials: Sequence[pl.DataFrame]) -> pl.Series:
         """True for samples that stay; null where the embedding says nothing."""
         known = unit_vectors(table[self.embedding])[1]
         return not_among(table.select("uid", known=known), states[2], known=pl.col("known"))
 
-    def _centroids(self, tables: Sequence[pl.DataFrame], count: int) -> pl.DataFrame:
+    def _centroids(self, partials: Sequence[pl.LazyFrame], count: int) -> pl.DataFrame:
         """k-means of the draws' "vector"s."""
-        drawn = [table.with_columns(pl.col("vector").arr.to_list()) for table in tables if table.height]
-        if not drawn:
+        tables = [table for table in (partial.collect() for partial in partials) if table.height]
+        if not tables:
             return pl.DataFrame({"vector": pl.Series([], dtype=pl.Array(pl.Float32, 1))})
-        vector = pl.col("vector").list
+        draws = np.concatenate([table["draw"].to_numpy() for table in tables])
+        points = np.empty((len(draws), tables[0]["vector"].dtype.shape[0]), np.float32)
+        for end in np.cumsum([table.height for table in tables]):
+            table = tables.pop(0)  # each is let go before the next is copied
+            points[end - table.height : end] = matrix_of(table["vector"])
         # samples of one uid have one draw: their embeddings say which of them is taken
-        table = pl.concat(drawn).sort("draw", vector.first(), vector.last())
-        points = matrix_of(table.unique("draw", keep="first", maintain_order=True)["vector"])
+        order = np.lexsort((points[:, -1], points[:, 0], draws))
+        points = points[order[np.concatenate([[True], np.diff(draws[order]) != 0])]]
         if len(points) < count:
             raise MmfoundryError(
                 f"semantic_duplicate: {count} clusters cannot be made of {len(points)} samples; lower num_clusters"
@@ -156,18 +163,23 @@ def drop_similar(units: np.ndarray, threshold: float) -> np.ndarray:
     """Which rows have a cosine above a threshold with any row before them: float32 (n, D) -> bool (n,)."""
     dropped = np.zeros(len(units), bool)
     for start in range(0, len(units), _ROWS_A_BLOCK):
-        block = units[start : start + _ROWS_A_BLOCK]
-        cosines = block @ units[: start + len(block)].T
-        cosines[np.arange(cosines.shape[1]) >= start + np.arange(len(block))[:, None]] = -np.inf
-        dropped[start : start + len(block)] = cosines.max(axis=1) > threshold
+        rows = np.arange(start, min(start + _ROWS_A_BLOCK, len(units)))
+        for first in range(0, rows[-1] + 1, _ROWS_BEFORE):
+            rows = rows[~dropped[rows]]  # one that is like a row before it need not be held against others
+            if not len(rows):
+                break
+            before = units[first : min(first + _ROWS_BEFORE, rows[-1] + 1)]
+            cosines = units[rows] @ before.T
+            cosines[first + np.arange(len(before)) >= rows[:, None]] = -np.inf
+            dropped[rows] = cosines.max(axis=1) > threshold
     return dropped
 
 
-def _duplicates(partials: Sequence[pl.LazyFrame], threshold: float) -> pl.DataFrame:
+def _duplicates(crew: Crew, partials: Sequence[pl.LazyFrame], threshold: float) -> pl.DataFrame:
     """The uids that are dropped, cluster by cluster.
 
     Embeddings of a large pool do not fit into memory: they are dealt out to files, each of the clusters that come after
-    each other until there is half a gigabyte, and compared a file at a time.
+    each other until there is a quarter of a gigabyte, and workers compare a file at a time.
     """
     sizes = np.zeros(1, np.int64)
     width = 0
@@ -178,25 +190,51 @@ def _duplicates(partials: Sequence[pl.LazyFrame], threshold: float) -> pl.DataFr
         sizes = np.pad(sizes, (0, max(0, len(found) - len(sizes))))
         sizes[: len(found)] += found
         width = dtype.size if len(found) else width
-    row = np.dtype([("high", "u8"), ("low", "u8"), ("cluster", "u4"), ("distance", "f8"), ("vector", "f4", (width,))])
+    row = _row_type(width)
     bucket_of = (np.cumsum(sizes) - sizes) * row.itemsize // _BUCKET_BYTES
-    dropped = [np.empty((0, 2), np.uint64)]
-    with tempfile.TemporaryDirectory(prefix="semantic_duplicate_") as folder:
-        for partial in partials:
-            table = partial.collect()
-            if table.height:
-                rows = np.empty(table.height, row)
-                for name in ("high", "low", "cluster", "distance"):
-                    rows[name] = table[name].to_numpy()
-                rows["vector"] = matrix_of(table["vector"])
-                buckets = bucket_of[rows["cluster"]]
-                for bucket in np.unique(buckets):
-                    with (Path(folder) / str(bucket)).open("ab") as file:
-                        rows[buckets == bucket].tofile(file)
-        for path in Path(folder).iterdir():
-            dropped += _dropped_in(np.fromfile(path, row), threshold)
-    uids = np.unique(np.concatenate(dropped), axis=0)
-    return pl.DataFrame({"high": uids[:, 0], "low": uids[:, 1]})
+    folder = crew.folder / "clusters"
+    shutil.rmtree(folder, ignore_errors=True)  # perhaps half of them, of a run that was cut off
+    folder.mkdir(parents=True)
+    for partial in partials:
+        _deal(partial.collect(), row, bucket_of, folder)
+    jobs = {f"dropped-{path.name}": _BucketJob(path, width, threshold) for path in sorted(folder.iterdir())}
+    dropped = crew.tables(_dropped_of, jobs)
+    shutil.rmtree(folder)
+    none = pl.DataFrame(schema={"high": pl.UInt64(), "low": pl.UInt64()})
+    return pl.concat([none, *dropped]).unique().sort("high", "low")
+
+
+def _row_type(width: int) -> np.dtype[np.void]:
+    """Of a sample in a file of clusters."""
+    return np.dtype([("high", "u8"), ("low", "u8"), ("cluster", "u4"), ("distance", "f8"), ("vector", "f4", (width,))])
+
+
+def _deal(table: pl.DataFrame, row: np.dtype[np.void], bucket_of: np.ndarray, folder: Path) -> None:
+    """Append a part's samples to the files of their clusters."""
+    numbers = bucket_of[table["cluster"].to_numpy()]
+    for bucket in np.unique(numbers):
+        some = table.filter(pl.Series(numbers == bucket))
+        rows = np.empty(some.height, row)
+        for name in ("high", "low", "cluster", "distance"):
+            rows[name] = some[name].to_numpy()
+        rows["vector"] = matrix_of(some["vector"])
+        with (folder / str(bucket)).open("ab") as file:
+            rows.tofile(file)
+
+
+@dataclass(frozen=True)
+class _BucketJob:
+    """A file of whole clusters."""
+
+    path: Path
+    width: int
+    threshold: float
+
+
+def _dropped_of(job: _BucketJob) -> pl.DataFrame:
+    """uids that are dropped of the clusters of a file, in any order."""
+    dropped = np.concatenate(_dropped_in(np.fromfile(job.path, _row_type(job.width)), job.threshold))
+    return pl.DataFrame({"high": dropped[:, 0], "low": dropped[:, 1]})
 
 
 def _dropped_in(rows: np.ndarray, threshold: float) -> list[np.ndarray]:

@@ -10,8 +10,9 @@ import numpy as np
 import polars as pl
 import pytest
 
-from mmfoundry.data import filter_jobs, parts
+from mmfoundry.data import crew, filter_jobs, near_rows, parts
 from mmfoundry.data.derived import language
+from mmfoundry.data.filters import semantic as semantic_filter
 from mmfoundry.data.filters.sample import CapPerCluster
 from mmfoundry.data.filters.subset import read_subset
 from mmfoundry.data.parts import MetadataPart
@@ -23,6 +24,7 @@ from mmfoundry.pipeline.stage import run_stage
 from mmfoundry.stages import filter_passes
 from mmfoundry.stages.filter import STAGE, FilterConfig
 from tests.data.derived.small_fasttext import write_model
+from tests.data.filters.datacomp_pool import write_pool
 
 ROWS, FILES = 120, 3
 TREE = {"all": ["basic", {"clip_score": {"top": 0.5, "model": "l14"}}]}
@@ -194,6 +196,42 @@ def test_a_run_cut_off_in_any_job_goes_on(pool: Path, tmp_path: Path, monkeypatc
         assert payload(made) == expected
         break
     assert stops >= 15, "every run ended one job later than the one before"
+
+
+def test_merges_are_shared_out_cut_off_and_gone_on_with(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Near duplicates: workers search bands and clusters, and whoever does it, however often, writes the same."""
+    pool = tmp_path / "pool"
+    write_pool(pool, 1500, files=2, width=8, names=("b32_img",), hashes=True)
+    semantic = {"semantic_duplicate": {"num_clusters": 9, "iterations": 3}}
+    tree = {"any": [{"all": ["caption_near_duplicate", "near_duplicate"]}, semantic]}
+    settings = {"filters": tree, "alone": True, "max_unreadable": 0.9}
+    expected = payload(run(pool, tmp_path / "whole", **settings))
+    monkeypatch.setattr(near_rows, "SHARED", 100)
+    monkeypatch.setattr(semantic_filter, "_BUCKET_BYTES", 20_000)
+    assert payload(run(pool, tmp_path / "two", **settings, num_workers=2)) == expected
+    make, done, left = crew._make, 0, 0  # jobs that are done in all, and that may be before the run is cut off
+
+    def counted(task: Callable[..., Any], piece: Any) -> None:
+        nonlocal done, left
+        left -= 1
+        if left < 0:
+            raise KeyboardInterrupt
+        before = piece.place.exists()
+        make(task, piece)
+        done += not before
+
+    monkeypatch.setattr(crew, "_make", counted)
+    for allowed in (1, 25, 60):
+        left = allowed
+        with pytest.raises(KeyboardInterrupt):
+            run(pool, tmp_path / "cut", **settings)
+    left = 10**6
+    made = run(pool, tmp_path / "cut", **settings)
+    assert payload(made) == expected
+    assert not (tmp_path / "cut.cache" / "merging").exists() or not list((tmp_path / "cut.cache" / "merging").iterdir())
+    once = done
+    run(pool, tmp_path / "again", **settings)
+    assert done == 2 * once, "nothing was done twice for being cut off"
 
 
 def test_a_partial_that_was_cut_short_is_made_again(pool: Path, tmp_path: Path) -> None:

@@ -212,7 +212,16 @@ def drawn_rows(count: int, seed: int) -> pl.DataFrame:
     )
 
 
-def write_pool(folder: Path, rows: int, files: int, seed: int = 0, width: int = 0, edges: bool = True) -> list[Path]:
+def write_pool(
+    folder: Path,
+    rows: int,
+    files: int,
+    seed: int = 0,
+    width: int = 0,
+    edges: bool = True,
+    names: tuple[str, ...] = ("b32_img", "b32_txt", "l14_img", "l14_txt"),
+    hashes: bool = False,
+) -> list[Path]:
     """Write a pool of metadata.
 
     Args:
@@ -222,16 +231,29 @@ def write_pool(folder: Path, rows: int, files: int, seed: int = 0, width: int = 
         seed: of everything drawn.
         width: of the embeddings in the npz files; 0 for none.
         edges: whether the first file begins with edge cases.
+        names: of the embeddings.
+        hashes: whether there is a column "perceptual_hash", which DataComp's metadata has not.
     """
     folder.mkdir(parents=True, exist_ok=True)
     per_file = -(-rows // files)
     return [
-        _write_file(folder, number, min(per_file, rows - number * per_file), seed, width, edges and number == 0)
+        _write_file(
+            folder, number, min(per_file, rows - number * per_file), seed, width, edges and number == 0, names, hashes
+        )
         for number in range(files)
     ]
 
 
-def _write_file(folder: Path, number: int, count: int, seed: int, width: int, edges: bool) -> Path:
+def _write_file(
+    folder: Path,
+    number: int,
+    count: int,
+    seed: int,
+    width: int,
+    edges: bool,
+    names: tuple[str, ...],
+    hashes: bool,
+) -> Path:
     draw = np.random.default_rng([seed, number])
     first = edge_rows()[:count] if edges else drawn_rows(0, 0)
     table = pl.concat([first, drawn_rows(count - first.height, int(draw.integers(2**62)))])
@@ -247,10 +269,12 @@ def _write_file(folder: Path, number: int, count: int, seed: int, width: int, ed
         .select(pl.col("uid").head(count) + pl.col("uid").tail(count))["uid"]
         .alias("sha256"),
     )
+    if hashes:
+        found = perceptual_hashes(np.random.default_rng([seed, number, 1]), count)
+        table = table.with_columns(perceptual_hash=pl.Series([one.tobytes() for one in found], dtype=pl.Binary))
     path = folder / f"{number:08d}.parquet"
     table.write_parquet(path)
     if width:
-        names = ("b32_img", "b32_txt", "l14_img", "l14_txt")
         np.savez(path.with_suffix(".npz"), **{name: embeddings(draw, count, width) for name in names})
     return path
 
@@ -260,3 +284,29 @@ def embeddings(draw: np.random.Generator, count: int, width: int) -> np.ndarray:
     centres = np.random.default_rng(7).normal(size=(12, width))
     points = centres[draw.integers(0, len(centres), count)] + draw.normal(0, 0.5, (count, width))
     return (points / np.linalg.norm(points, axis=1, keepdims=True)).astype(np.float16)
+
+
+def perceptual_hashes(draw: np.random.Generator, count: int) -> np.ndarray:
+    """uint8 (count, 64), as of photographs: the finer a frequency, the weaker, and places share colours.
+
+    A tenth are copies, a few bits off, of pictures that are the same in all files: a thousand, some of them far more
+    popular than others.
+    """
+    found = np.concatenate([_hashes_of_pictures(draw, min(20_000, count - i)) for i in range(0, count, 20_000)])
+    popular = _hashes_of_pictures(np.random.default_rng(11), 1000)
+    copies = np.flatnonzero(draw.random(count) < 0.1)
+    which = (1000 ** draw.random(len(copies))).astype(np.int64)  # Zipf's law
+    found[copies] = popular[which] ^ np.packbits(draw.random((len(copies), 512), np.float32) < 0.02, axis=1)
+    return found
+
+
+def _hashes_of_pictures(draw: np.random.Generator, count: int) -> np.ndarray:
+    """As data/perceptual.py makes them: 256 frequencies above a floor, and chroma against 8 steps at 16 places."""
+    frequency = np.hypot(*np.mgrid[:16, :16]).reshape(-1)
+    frequency[0] = np.inf
+    contrast = np.exp(draw.normal(np.log(300), 0.6, (count, 1)))
+    shape = draw.standard_normal((count, 256), np.float32) * (contrast / frequency) > 6
+    spread = np.exp(draw.normal(np.log(8), 0.6, (count, 1, 1)))
+    chroma = draw.normal(0, 15, (count, 1, 2)) + draw.standard_normal((count, 16, 2), np.float32) * spread
+    colour = chroma[..., None] > np.linspace(-40, 40, 8)
+    return np.packbits(np.concatenate([shape, colour.reshape(count, 256)], axis=1), axis=1)

@@ -6,10 +6,11 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from mmfoundry.data import hamming
 from mmfoundry.data.filters import dedup
 from mmfoundry.data.filters.dedup import ExactDuplicate, UniqueUid
 from mmfoundry.data.filters.near_duplicate import NearDuplicate
-from mmfoundry.data.hamming import leaders, near_pairs
+from mmfoundry.data.hamming import Nearness, leaders, near_pairs, words_of
 from tests.data.filters.cutting import assert_cuts_do_not_matter, keep_in_parts
 from tests.data.filters.rows import table, uid
 
@@ -38,7 +39,39 @@ def clustered_hashes(draw: st.DrawFn) -> np.ndarray:
 @given(clustered_hashes(), st.integers(0, 60))
 def test_leaders_are_those_of_pairwise_comparison(hashes: np.ndarray, radius: int) -> None:
     radius = min(radius, hashes.shape[1] * 8 - 1)
-    assert leaders(hashes, radius).tolist() == plain_leaders(hashes, radius)
+    nearness = Nearness(radius, hashes.shape[1] * 8)
+    assert leaders(words_of(hashes), nearness).tolist() == plain_leaders(hashes, radius)
+
+
+@settings(max_examples=60, deadline=None)
+@given(clustered_hashes(), st.integers(0, 60), st.sampled_from([0.0, 8.0]), st.sampled_from([0, 20]))
+def test_prefixes_change_nothing(hashes: np.ndarray, radius: int, crowded: float, rounds: int) -> None:
+    """Whether crowds are taken out first, and whether rows are settled at once or one by one."""
+    radius = min(radius, hashes.shape[1] * 8 - 1)
+    small = {"_FIRST": 2, "_GROWTH": 2, "_CROWDED": crowded, "_ROUNDS": rounds, "_ROWS_AT_ONCE": 4, "_PAIRS_AT_ONCE": 3}
+    with pytest.MonkeyPatch.context() as patch:
+        for name, value in small.items():
+            patch.setattr(hamming, name, value)
+        found = leaders(words_of(hashes), Nearness(radius, hashes.shape[1] * 8))
+    assert found.tolist() == plain_leaders(hashes, radius)
+
+
+def test_a_crowd_costs_no_comparison_of_all_with_all(monkeypatch: pytest.MonkeyPatch) -> None:
+    rng = np.random.default_rng(0)
+    flips = rng.random((20_000, 64)) < 0.04  # so that 200 million pairs are near, of 8 bytes each
+    hashes = np.packbits(flips, axis=1)
+    compared = 0
+    near = Nearness.near
+
+    def counted(self: Nearness, words: np.ndarray, ones: np.ndarray, others: np.ndarray) -> object:
+        nonlocal compared
+        compared += len(ones)
+        return near(self, words, ones, others)
+
+    monkeypatch.setattr(Nearness, "near", counted)
+    stays = leaders(words_of(hashes), Nearness(10, 64))
+    assert 0 < stays.sum() < 200
+    assert compared < 10_000_000
 
 
 @settings(max_examples=100, deadline=None)
@@ -48,8 +81,10 @@ def test_near_pairs_misses_none(hashes: np.ndarray, radius: int) -> None:
     bits = np.unpackbits(hashes, axis=1)
     near = (bits[:, None] != bits[None]).sum(axis=2) <= radius if len(bits) else np.zeros((0, 0), bool)
     expected = [(later, earlier) for later in range(len(bits)) for earlier in range(later) if near[later, earlier]]
-    for agreeing in (1, 2, 3) if radius < 8 else (1,):  # changes the time it takes only
-        assert list(map(tuple, near_pairs(hashes, radius, agreeing))) == expected
+    for many in (0, 1000):  # changes the time it takes only
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(hamming, "MANY", many)
+            assert list(map(tuple, near_pairs(words_of(hashes), Nearness(radius, hashes.shape[1] * 8)))) == expected
 
 
 @settings(max_examples=60, deadline=None)

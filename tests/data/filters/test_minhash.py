@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from mmfoundry.data.filters import minhash
+from mmfoundry.data import hamming
 from mmfoundry.data.filters.minhash import NUM_HASHES, CaptionNearDuplicate, signatures
 from tests.data.filters.cutting import assert_cuts_do_not_matter
 from tests.data.filters.rows import table, uid
@@ -71,7 +71,7 @@ def test_verdicts_follow_from_signatures_in_the_order_of_uids(
     """All pairs are compared here, and with few bands or many none may be missed."""
     one = CaptionNearDuplicate(min_similarity=similarity)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(minhash, "_MANY", 0 if many else 1000)
+        patch.setattr(hamming, "MANY", 0 if many else 1000)
         found = assert_cuts_do_not_matter(one, rows, data)
     captions = rows.with_row_index("row").drop_nulls("caption").sort("uid", "caption_index")
     hashes = signatures(captions["caption"].to_list(), 3)
