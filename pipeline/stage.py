@@ -29,7 +29,7 @@ from pydantic import ValidationError
 from mmfoundry.pipeline import artifact as artifacts
 from mmfoundry.pipeline.artifact import MANIFEST, Artifact, InputRecord, Manifest, digest_of, write_atomic
 from mmfoundry.pipeline.config import StageConfig, digest_config, inputs_of, local_inputs_of
-from mmfoundry.pipeline.errors import ConfigError, MissingInput, MmfoundryError, NotEnoughSpace
+from mmfoundry.pipeline.errors import ConfigError, MissingInput, MmfoundryError, NotEnoughSpace, disk_full
 from mmfoundry.pipeline.progress import Progress, progress_bar
 from mmfoundry.pipeline.resolve import resolve
 
@@ -441,19 +441,3 @@ def seed_everything(seed: int) -> None:
     random.seed(seed)
     np.random.seed(seed)
     torch.manual_seed(seed)
-
-
-def disk_full(error: BaseException) -> bool:
-    """Whether an error, or one that it came from, says that a disk is full.
-
-    Rust writers (safetensors, polars) and torch wrap the system's error in their own; only its text is left.
-    """
-    while True:
-        if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
-            return True
-        if "No space left on device" in str(error) or "Disk quota exceeded" in str(error):
-            return True
-        cause = error.__cause__ or error.__context__
-        if cause is None:
-            return False
-        error = cause
