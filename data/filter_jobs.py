@@ -25,7 +25,7 @@ from mmfoundry.data.filters.basic import Readable
 from mmfoundry.data.filters.examples import candidates_of
 from mmfoundry.data.filters.passes import Standing, columns_of, take_turns
 from mmfoundry.data.filters.plan import Plan, Step, Turn, content_of, plan_of, uid_operation
-from mmfoundry.data.filters.subset import pairs_of_numbers
+from mmfoundry.data.filters.subset import pairs_of_numbers, to_subset
 from mmfoundry.data.parts import Part
 from mmfoundry.data.shard_names import Shard
 from mmfoundry.data.table import Request, describe_shard, write_parquet
@@ -274,7 +274,7 @@ class Counted:
 
     Attributes:
         account: of the part.
-        subset: kept uids as in `subset.npy`.
+        subset: kept uids as in `subset.npy`, sorted.
         candidates: for examples.
         judgement: where it was asked for.
         repeated: "uid" and "captions" (a digest) of the part's samples whose uid others have as well.
@@ -298,7 +298,7 @@ def count(judging: Judging, wanted: Wanted, part: Part) -> Counted:
         _write_rows(judging, wanted.columns, part, wanted.outputs, standing, judgement)
     return Counted(
         account_of(judgement),
-        pairs_of_numbers(judgement.samples.filter("kept")),
+        to_subset(pairs_of_numbers(judgement.samples.filter("kept"))),
         candidates_of(judgement, wanted.examples, wanted.seed),
         judgement if wanted.with_judgement else None,
         _repeated(judging, plan, part),

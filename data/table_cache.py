@@ -18,8 +18,8 @@ from mmfoundry.pipeline.errors import NotEnoughSpace, disk_full
 
 R = TypeVar("R")
 FORMAT = 3  # counts up when what a table of any kind holds changes: those of earlier releases are not looked at
-# Kinds that passes of a run hand to each other, numbers that hardly get smaller when they are compressed: Arrow IPC, which
-# lies on the disk as it does in memory. The others are parquet.
+# Kinds that passes of a run hand to each other, mostly numbers that do not get smaller when they are compressed: Arrow
+# IPC, which lies on the disk as it does in memory. The others are parquet.
 _AS_IN_MEMORY = frozenset({"partial", "state", "verdicts"})
 _ARROW = ".arrow"
 
@@ -42,14 +42,12 @@ class TableCache:
 
     def get(self, path: Path) -> pl.DataFrame | None:
         """The table at a place of `path`; None where there is none that is whole."""
-        try:
-            data = path.read_bytes()
-            if _digest_path(path).read_text(encoding="ascii") != hashlib.sha256(data).hexdigest():
-                return None
-        except (FileNotFoundError, UnicodeDecodeError):
+        if not self.has(path):
             return None
-        os.utime(path)  # `drop_unused` goes by this
-        return pl.read_ipc(data) if path.suffix == _ARROW else pl.read_parquet(data)
+        try:
+            return pl.read_ipc(path) if path.suffix == _ARROW else pl.read_parquet(path, glob=False)
+        except FileNotFoundError:  # removed since
+            return None
 
     def scan(self, path: Path) -> pl.LazyFrame:
         """The table at a place that this run wrote or found whole, to be read where and when it is needed."""
@@ -63,7 +61,7 @@ class TableCache:
         except (FileNotFoundError, UnicodeDecodeError):
             return False
         if whole:
-            os.utime(path)
+            os.utime(path)  # `drop_unused` goes by this
         return whole
 
     def put(self, path: Path, table: pl.DataFrame) -> None:

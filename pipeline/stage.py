@@ -18,6 +18,7 @@ import random
 import shutil
 import time
 from collections.abc import Callable, Iterator, Mapping
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
@@ -139,6 +140,8 @@ class RunContext:
 
     def _publish(self, metrics: dict[str, float], keep_checkpoints: bool) -> None:
         seconds = self.seconds()
+        asked = ThreadPoolExecutor(1)
+        version = asked.submit(artifacts.code_version)  # git takes its time
         for left_over in self.work.rglob(".*.part"):  # of a write that was cut off
             left_over.unlink()
         files = artifacts.records_of(self.work, leave_out=(CHECKPOINTS, CLAIM))
@@ -149,7 +152,7 @@ class RunContext:
             config_digest=digest_config(self.config),
             inputs=self.records,
             digest=artifacts.digest_content(files),
-            code_version=artifacts.code_version(),
+            code_version=version.result(),
             seed=self.config.seed,
             environment=artifacts.environment() | _place(self.runtime),
             metrics=metrics,
@@ -157,6 +160,7 @@ class RunContext:
             created=artifacts.now(),
             files=files,
         )
+        asked.shutdown()
         write_atomic(self.work / MANIFEST, artifacts.to_json(manifest))
         os.rename(self.work, self.output)
         artifacts.sync_folder(self.output.parent)
