@@ -55,6 +55,19 @@ class CaptionTokens(Derivation):
         return {"caption_tokens": tokens.cast(pl.UInt32)}
 
 
+def each_once(captions: pl.Series) -> tuple[pl.Series, pl.Series]:
+    """The different captions, for what is dear to find out of one: many stand in a pool more than once.
+
+    Returns:
+        Each caption once, in any order; and for each row which of them it has, null for a null.
+    """
+    found = captions.alias("caption").to_frame().with_row_index("row").drop_nulls().group_by("caption").agg("row")
+    which = np.zeros(len(captions), np.uint32)
+    times = found["row"].list.len().to_numpy()
+    which[found["row"].explode().to_numpy()] = np.repeat(np.arange(found.height, dtype=np.uint32), times)
+    return found["caption"], pl.Series(which).set(captions.is_null(), None)
+
+
 def count_words(captions: pl.Series) -> pl.Series:
     """Words of each caption, as `len(text.split())`; null without a caption."""
     starts = range(0, len(captions), _ROWS_AT_ONCE)

@@ -7,11 +7,11 @@ from itertools import repeat
 from pathlib import Path
 from typing import Any, ClassVar
 
-import numpy as np
 import polars as pl
 
 from mmfoundry.data.column import Column
 from mmfoundry.data.derived.base import DERIVATIONS, PACKAGED, Derivation, Models
+from mmfoundry.data.derived.captions import each_once
 from mmfoundry.pipeline.errors import DamagedInput, MissingInput
 
 _LABEL = len("__label__")
@@ -34,13 +34,8 @@ class Language(Derivation):
     @staticmethod
     def compute(table: pl.DataFrame, models: Models = PACKAGED) -> dict[str, pl.Series]:
         """Guess and probability; null without a caption."""
-        captions = table.select("caption").with_row_index("row").drop_nulls()
-        each = captions.group_by("caption").agg("row")  # what is there many times is asked about once
-        guess = np.zeros(table.height, np.uint32)  # which of them is a row's
-        times = each["row"].list.len().to_numpy()
-        guess[each["row"].explode().to_numpy()] = np.repeat(np.arange(each.height), times)
-        places = pl.Series(guess).set(table["caption"].is_null(), None)
-        found = _guesses(each["caption"], models.language)
+        each, places = each_once(table["caption"])
+        found = _guesses(each, models.language)
         return {name: values.gather(places) for name, values in zip(Language.makes, found, strict=True)}
 
     @staticmethod
