@@ -69,8 +69,11 @@ class Executor(ABC):
             JobFailed: a task raised anything else.
         """
 
+    def dismiss(self) -> None:  # noqa: B027 (not all have workers)
+        """Let workers go, since no job will come for long: they end while this process does something else."""
+
     def close(self) -> None:  # noqa: B027 (not all have workers)
-        """End the workers."""
+        """End the workers, and wait for that."""
 
     def __enter__(self) -> Self:
         return self
@@ -120,7 +123,8 @@ class LocalExecutor(Executor):
         self.num_workers = num_workers
         self._teams: dict[float, list[_Worker]] = {}  # by the GPUs that each of their workers has
         # before multiprocessing's own end of its children, which would wait for jobs that nobody needs
-        self._at_exit = util.Finalize(self, _end_all, args=(self._teams,), exitpriority=100)
+        self._leaving: list[_Worker] = []
+        self._at_exit = util.Finalize(self, _end_all, args=(self._teams, self._leaving), exitpriority=100)
 
     def map(
         self, task: Callable[[J], R], jobs: Sequence[J], done: Callable[[int, R], None], *, gpus: float = 0.0
@@ -197,6 +201,14 @@ class LocalExecutor(Executor):
         warnings.warn(f"a worker process ended with {how}; its job is done again", RuntimeWarning, stacklevel=3)
         waiting.append(number)
         return _Worker(worker.environment)
+
+    def dismiss(self) -> None:
+        """As `Executor.dismiss`; jobs that come all the same get other workers."""
+        for team in self._teams.values():
+            self._leaving += team
+            team.clear()
+        for worker in self._leaving:
+            worker.connection.close()  # the end of its input
 
     def close(self) -> None:
         """As `Executor.close`."""
@@ -317,13 +329,14 @@ def _raised(described: tuple[Exception | None, str, str]) -> Exception:
     return failed
 
 
-def _end_all(teams: dict[float, list[_Worker]]) -> None:
-    workers = [worker for team in teams.values() for worker in team]
+def _end_all(teams: dict[float, list[_Worker]], leaving: list[_Worker]) -> None:
+    workers = [*leaving, *(worker for team in teams.values() for worker in team)]
     for worker in workers:
         worker.connection.close()
     for worker in workers:
         worker.end(_END_S)
     teams.clear()
+    leaving.clear()
 
 
 @contextmanager

@@ -1,6 +1,7 @@
 """The jobs of a filter run: one part of the pool each, done by any process that sees the cache and the pool.
 
 Each job leaves its result in files and hands back a few plain values. A job whose files are there already does nothing.
+What all parts share comes with the task (`functools.partial`), which a worker process is sent once, not with each part.
 """
 
 from __future__ import annotations
@@ -27,7 +28,7 @@ from mmfoundry.data.filters.basic import Readable
 from mmfoundry.data.filters.examples import candidates_of
 from mmfoundry.data.filters.passes import Standing, columns_of, take_turns
 from mmfoundry.data.filters.plan import Plan, Step, Turn, content_of, plan_of, uid_operation
-from mmfoundry.data.filters.subset import pairs_of_numbers
+from mmfoundry.data.filters.subset import pairs_of_numbers, to_subset
 from mmfoundry.data.parts import Part
 from mmfoundry.data.shard_names import Shard
 from mmfoundry.data.table import Request, describe_shard, write_parquet
@@ -109,6 +110,10 @@ class Judging:
         """What pass `number` found of a part: verdicts as "v0", "v1" ... by operation."""
         return self.cache.path("verdicts", f"{self.key}-{number}", part.identity)
 
+    def kept_path(self, part: Part) -> Path:
+        """Which rows of a part pass all steps."""
+        return self.cache.path("kept", self.key, part.identity)
+
     def derived_path(self, plan: Plan, name: str, number: int, part: Part) -> Path:
         """What a derivation made of the rows of a part that reach an operation."""
         key = plan.reach_key(number, self.pool)
@@ -125,42 +130,22 @@ class Judging:
         return self.cache.path("state", plan.key(turn.operation, self.pool), f"{turn.round}")
 
 
-@dataclass(frozen=True)
-class PartJob:
-    """Something to do with one part of the pool."""
-
-    judging: Judging
-    part: Part
-
-    @property
-    def name(self) -> str:
-        """The file that the part is of."""
-        return self.part.name
-
-
-@dataclass(frozen=True)
-class PassJob(PartJob):
-    """Take the turns of pass `number` on one part."""
-
-    number: int
-
-
-def take_pass(job: PassJob) -> None:
-    """Write the part's partials and verdicts of the pass."""
-    judging, part, cache = job.judging, job.part, job.judging.cache
+def take_pass(judging: Judging, number: int, part: Part) -> None:
+    """Write the part's partials and verdicts of pass `number`."""
+    cache = judging.cache
     plan = judging.plan
     turns = [
         turn
-        for turn in plan.passes()[job.number]
+        for turn in plan.passes()[number]
         if turn.round is None or not cache.has(judging.partial_path(plan, turn, part))
     ]
-    place = judging.verdicts_path(job.number, part)
+    place = judging.verdicts_path(number, part)
     is_judged = cache.has(place)
     if is_judged:
         turns = [turn for turn in turns if turn.round is not None]
     if not turns:
         return
-    standing = standing_before(judging, plan, job.number + is_judged, part)
+    standing = standing_before(judging, plan, number + is_judged, part)
     _take_turns(judging, plan, turns, part, standing)
     for turn in turns:
         if turn.round is not None:
@@ -252,7 +237,7 @@ def merge(judging: Judging, turn: Turn, parts: Sequence[Part], executor: Executo
     assert isinstance(one, PoolFilter)
     assert turn.round is not None
     earlier = [_state(judging.state_path(plan, Turn(turn.operation, number))) for number in range(turn.round)]
-    partials = [pl.scan_parquet(judging.partial_path(plan, turn, part), glob=False) for part in parts]
+    partials = [cache.scan(judging.partial_path(plan, turn, part)) for part in parts]
     if not isinstance(one, SharedMerge):
         cache.put(place, one.merge(partials, earlier))
         return
@@ -261,31 +246,26 @@ def merge(judging: Judging, turn: Turn, parts: Sequence[Part], executor: Executo
     shutil.rmtree(crew.folder, ignore_errors=True)  # what it shared is in the state now
 
 
-@dataclass(frozen=True)
-class KeptJob(PartJob):
-    """Write which rows of a part pass all steps, as a boolean column "keep"."""
-
-    output: Path
-
-
-def write_kept(job: KeptJob) -> None:
-    """Write the column; what models compute is computed of these rows alone."""
-    if job.judging.cache.has(job.output):
+def write_kept(judging: Judging, part: Part) -> None:
+    """Write which rows pass all steps, as a boolean column "keep"; what models compute is computed of these alone."""
+    place = judging.kept_path(part)
+    if judging.cache.has(place):
         return
-    standing = standing_after(job.judging, job.part)
-    table = _counted(job.judging, job.part, standing)
-    judgement = judgement_of(job.judging.plan, table, standing)
-    job.judging.cache.put(job.output, judgement.pairs.select("keep"))
+    standing = standing_after(judging, part)
+    table = _counted(judging, part, standing)
+    judgement = judgement_of(judging.plan, table, standing)
+    judging.cache.put(place, judgement.pairs.select("keep"))
 
 
 @dataclass(frozen=True)
-class AccountJob(PartJob):
-    """Count what became of one part, and write its kept and dropped rows.
+class Wanted:
+    """What is wanted of a part that is counted.
 
     Attributes:
         outputs: the folder for `kept/` and `dropped/`; None: neither is written.
         columns: written of kept pairs, besides those of identity.
         examples: candidates for pictures a step.
+        seed: of their choice.
         with_judgement: whether truth is to be told; then the whole judgement comes back.
     """
 
@@ -298,11 +278,11 @@ class AccountJob(PartJob):
 
 @dataclass(frozen=True)
 class Counted:
-    """What an `AccountJob` hands back.
+    """What became of one part.
 
     Attributes:
         account: of the part.
-        subset: kept uids as in `subset.npy`.
+        subset: kept uids as in `subset.npy`, sorted.
         candidates: for examples.
         judgement: where it was asked for.
         repeated: "uid" and "captions" (a digest) of the part's samples whose uid others have as well.
@@ -315,20 +295,20 @@ class Counted:
     repeated: pl.DataFrame
 
 
-def count(job: AccountJob) -> Counted:
+def count(judging: Judging, wanted: Wanted, part: Part) -> Counted:
     """Write `kept/NNNNN.parquet` and `dropped/NNNNN.parquet` of a part, if that is wanted, and count it."""
-    judging, part, plan = job.judging, job.part, job.judging.plan
+    plan = judging.plan
     standing = standing_after(judging, part)
-    names_samples = job.outputs is not None or job.examples > 0 or job.with_judgement
+    names_samples = wanted.outputs is not None or wanted.examples > 0 or wanted.with_judgement
     table = part.read(IDENTITY_READ) if names_samples else _counted(judging, part, standing)
     judgement = judgement_of(plan, table, standing)
-    if job.outputs is not None:
-        _write_rows(job, job.outputs, standing, judgement)
+    if wanted.outputs is not None:
+        _write_rows(judging, wanted.columns, part, wanted.outputs, standing, judgement)
     return Counted(
         account_of(judgement),
-        pairs_of_numbers(judgement.samples.filter("kept")),
-        candidates_of(judgement, job.examples, job.seed),
-        judgement if job.with_judgement else None,
+        to_subset(pairs_of_numbers(judgement.samples.filter("kept"))),
+        candidates_of(judgement, wanted.examples, wanted.seed),
+        judgement if wanted.with_judgement else None,
         _repeated(judging, plan, part),
     )
 
@@ -362,11 +342,13 @@ def _repeated(judging: Judging, plan: Plan, part: Part) -> pl.DataFrame:
     return of_samples.select("uid", captions=pl.Series(digests, dtype=pl.String))
 
 
-def _write_rows(job: AccountJob, outputs: Path, standing: Standing, judgement: Judgement) -> None:
-    part, plan = job.part, job.judging.plan
-    asked = {name for name in job.columns if name not in (*IDENTITY_READ, "caption")}
+def _write_rows(
+    judging: Judging, columns: Sequence[str], part: Part, outputs: Path, standing: Standing, judgement: Judgement
+) -> None:
+    plan = judging.plan
+    asked = {name for name in columns if name not in (*IDENTITY_READ, "caption")}
     table = part.read(sources_of(asked) | set(IDENTITY_READ) | {"caption"})
-    found = _dear_columns(job.judging, part, standing, asked, table)
+    found = _dear_columns(judging, part, standing, asked, table)
     rows = derive(table.with_columns(found).filter(judgement.pairs["keep"]), asked, plan.models)
     named = pl.lit(part.name).alias("shard")
     order = ["uid", "key", "shard", "index", "caption_index", "caption", *sorted(asked & set(rows.columns))]
@@ -420,4 +402,4 @@ def _whole(cache: TableCache, path: Path) -> pl.DataFrame:
 
 @lru_cache(maxsize=4)
 def _state(path: Path) -> pl.DataFrame:
-    return pl.read_parquet(path)
+    return pl.read_ipc(path)

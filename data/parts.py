@@ -99,21 +99,29 @@ class MetadataPart(Part):
         embeddings = [name for name in columns if name in EMBEDDINGS and name not in known]
         of_uid = [name for name in columns if name in _OF_UID]
         others = sorted(set(columns) - {"shard", *embeddings, *of_uid})
+        wanted = [self._expression(name, known) for name in others]
+        wanted += [pl.col("uid").cast(pl.String)] if of_uid else []
+        here = {name for one in wanted for name in one.meta.root_names()} - {"__row"}
         try:
-            wanted = [self._expression(name, known) for name in others]
-            wanted += [pl.col("uid").cast(pl.String)] if of_uid else []
-            scan = pl.scan_parquet(self.path, glob=False).slice(self.start, self.count)
-            table = scan.with_row_index("__row", self.start).select(*wanted, "__row").collect()
+            table = self._rows(sorted(here)).select(*wanted, "__row")
         except (pl.exceptions.PolarsError, OSError) as error:
             raise DamagedInput(f"{self.path}: cannot be read ({_first_line(error)})") from error
-        if table.height != self.count:
-            raise DamagedInput(f"{self.path}: has changed since the run began")
         if of_uid:
             table = table.drop("uid").with_columns(self._of_uid(table["uid"], table["__row"], of_uid))
         for name in embeddings:
             rows = npz_rows(self.path.with_suffix(".npz"), name, self.start, self.count)
             table = table.with_columns(pl.Series(name, rows.astype(np.float32, copy=False)).cast(pl.List(pl.Float32)))
         return _with_number(table.drop("__row"), self.number, columns)
+
+    def _rows(self, columns: Sequence[str]) -> pl.DataFrame:
+        """Columns of the file, of which nothing is read where there are none, and "__row", the number of each row."""
+        rows = pl.int_range(self.start, self.start + self.count, dtype=pl.UInt32, eager=True).alias("__row")
+        if not columns:
+            return rows.to_frame()
+        table = pl.scan_parquet(self.path, glob=False).slice(self.start, self.count).select(columns).collect()
+        if table.height != self.count:
+            raise DamagedInput(f"{self.path}: has changed since the run began")
+        return table.with_columns(rows)
 
     def _of_uid(self, uids: pl.Series, rows: pl.Series, wanted: Collection[str]) -> list[pl.Series]:
         """What is asked for of uids: themselves, their numbers, or why they are none."""

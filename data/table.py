@@ -87,7 +87,7 @@ def truth_of(raw: RawSample) -> list[dict[str, str | None]]:
 
 
 def write_parquet(table: pl.DataFrame, path: Path) -> None:
-    """Write a parquet file whole or not at all, the same bytes for the same table."""
+    """Write a parquet file of a stage's output whole or not at all, the same bytes for the same table."""
     buffer = io.BytesIO()
     table.write_parquet(buffer)
-    write_atomic(path, buffer.getvalue())
+    write_atomic(path, buffer.getvalue(), sync=False)

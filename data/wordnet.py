@@ -50,11 +50,11 @@ class WordNet:
     """The words of WordNet.
 
     Attributes:
-        synsets: by part of speech and lemma, the offsets of its synsets, the most frequent first.
+        first: by part of speech and lemma, the offset of its most frequent synset.
         exceptions: by part of speech and inflected form, its lemmas.
     """
 
-    synsets: Mapping[str, Mapping[str, tuple[int, ...]]]
+    first: Mapping[str, Mapping[str, int]]
     exceptions: Mapping[str, Mapping[str, tuple[str, ...]]]
 
     def first_synset(self, word: str) -> int | None:
@@ -65,14 +65,14 @@ class WordNet:
         """
         word = word.lower()
         for part in PARTS_OF_SPEECH:
-            known = self.synsets[part]
+            known = self.first[part]
             if word in known:
-                return known[word][0]
+                return known[word]
             # most words are no form of anything
             if word in self.exceptions[part] or word.endswith(_ENDS[part]):
                 form = next(filter(known.__contains__, self._forms(word, part)), None)
                 if form is not None:
-                    return known[form][0]
+                    return known[form]
         return None
 
     def _forms(self, word: str, part: str) -> Iterator[str]:
@@ -107,12 +107,12 @@ def load_wordnet(folder: Path | None = None) -> WordNet:
     """
     found = find_wordnet(folder)
     lines = _lines_in_zip(found) if found.suffix == ".zip" else _lines_in_folder(found)
-    synsets = {part: dict(_entries(lines(f"index.{part}"), f"{found}: index.{part}")) for part in PARTS_OF_SPEECH}
+    first = {part: dict(_entries(lines(f"index.{part}"), f"{found}: index.{part}")) for part in PARTS_OF_SPEECH}
     exceptions = {
         part: {terms[0]: tuple(terms[1:]) for terms in map(str.split, lines(f"{part}.exc")) if terms}
         for part in PARTS_OF_SPEECH
     }
-    return WordNet(synsets, exceptions)
+    return WordNet(first, exceptions)
 
 
 def find_wordnet(folder: Path | None = None) -> Path:
@@ -178,19 +178,17 @@ def read_synset_ids(path: Path) -> frozenset[int]:
     return frozenset(int(line[1:]) for line in lines if line)
 
 
-def _entries(lines: Iterator[str], where: str) -> Iterator[tuple[str, tuple[int, ...]]]:
-    """Lemma and synset offsets of each line of an index file (format: man page wndb(5WN))."""
+def _entries(lines: Iterator[str], where: str) -> Iterator[tuple[str, int]]:
+    """Lemma and first synset's offset of each line of an index file (format: man page wndb(5WN))."""
     for line in lines:
         if not line or line.startswith(" "):  # the licence
             continue
-        fields = line.split()
         try:
-            count = int(fields[2])
-            offsets = tuple(map(int, fields[len(fields) - count :]))
+            lemma, _, count, rest = line.split(maxsplit=3)
+            if int(count):
+                yield lemma, int(rest.rsplit(maxsplit=int(count))[1])
         except (IndexError, ValueError) as error:
             raise DamagedInput(f"{where}: {line[:60]!r} is not an entry") from error
-        if offsets:
-            yield fields[0], offsets
 
 
 def _lines_in_folder(folder: Path) -> Callable[[str], Iterator[str]]:

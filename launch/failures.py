@@ -11,7 +11,7 @@ from contextlib import contextmanager
 from types import FrameType
 from typing import NoReturn
 
-from mmfoundry.pipeline.errors import PREEMPTED_EXIT_CODE, MmfoundryError
+from mmfoundry.pipeline.errors import PREEMPTED_EXIT_CODE, MmfoundryError, disk_full
 from mmfoundry.pipeline.ranks import leave_error
 
 USER_ERROR = 2
@@ -106,9 +106,6 @@ def leave(code: int) -> NoReturn:
 
 def system_error(error: Exception) -> str | None:
     """One line for what the machine, not our code, is to blame for; None for anything else."""
-    # Imported here: it brings numpy, and most commands end well.
-    from mmfoundry.pipeline.stage import disk_full
-
     if disk_full(error):
         name = getattr(error, "filename", None)
         return f"no space left on the disk{f' of {name}' if name else ''}; free some and run the same command again"

@@ -31,6 +31,7 @@ LOGS = ("metrics.jsonl", "messages.txt", "tensorboard/", "timings.json")
 # Up to here a file's digest reads all of it; past it, evenly spaced blocks: a pool may have terabytes.
 FULL_DIGEST_BYTES = 256 << 20
 _BLOCK_BYTES, _BLOCKS = 1 << 20, 64
+_SYNCS = 8  # files that are synced at a time
 
 
 class FileRecord(BaseModel):
@@ -208,9 +209,14 @@ def _digest_records(records: Mapping[str, FileRecord]) -> str:
     return hashlib.sha256("".join(rows).encode()).hexdigest()
 
 
-def write_atomic(path: str | Path, content: bytes | str) -> None:
+def write_atomic(path: str | Path, content: bytes | str, sync: bool = True) -> None:
     """Write a file so that a reader, or a crash at any moment, sees the old content or the new, never a part.
 
+    Args:
+        path: of the file.
+        content: of the file.
+        sync: wait for the disk, so that this holds for a power cut as well. What a stage writes into its work folder
+            need not: all of it is synced before the folder counts as whole.
     Raises:
         NotEnoughSpace: the disk is full; what was at `path` stays.
     """
@@ -222,7 +228,8 @@ def write_atomic(path: str | Path, content: bytes | str) -> None:
         with os.fdopen(handle, "wb") as file:
             file.write(data)
             file.flush()
-            os.fsync(file.fileno())
+            if sync:
+                os.fsync(file.fileno())
         os.chmod(name, 0o666 & ~_umask())  # mkstemp gives 0600; a file written plainly would be readable
         os.replace(name, path)
     except BaseException as error:
@@ -230,7 +237,8 @@ def write_atomic(path: str | Path, content: bytes | str) -> None:
         if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
             raise NotEnoughSpace(f"{path}: no space left for {len(data)} bytes; free some and run again") from error
         raise
-    sync_folder(path.parent)
+    if sync:
+        sync_folder(path.parent)
 
 
 def _umask() -> int:
@@ -249,10 +257,16 @@ def sync_folder(folder: Path) -> None:
 
 
 def sync_files(files: Iterable[Path]) -> None:
-    """Make the content of files last through a power cut."""
-    for file in files:
-        with file.open("rb") as handle:
-            os.fsync(handle.fileno())
+    """Make the content of files, and their names in their folders, last through a power cut."""
+    files = list(files)
+    with ThreadPoolExecutor(_SYNCS) as threads:  # a disk does many at once in about the time of one
+        list(threads.map(_sync, files))
+        list(threads.map(sync_folder, sorted({file.parent for file in files})))
+
+
+def _sync(file: Path) -> None:
+    with file.open("rb") as handle:
+        os.fsync(handle.fileno())
 
 
 def environment() -> dict[str, str]:
@@ -280,10 +294,11 @@ def code_version() -> str:
     if not (root / ".git").exists():
         return version
     try:
-        commit = _git(root, "rev-parse", "--short=12", "HEAD")
-        changed = "+changed" if _git(root, "status", "--porcelain", "--untracked-files=no") else ""
+        said = _git(root, "status", "--porcelain=v2", "--branch", "--untracked-files=no").splitlines()
     except (OSError, subprocess.SubprocessError):  # no git on this machine, or not its owner's clone
         return version
+    commit = next((line.split()[2] for line in said if line.startswith("# branch.oid ")), "")[:12]
+    changed = "" if all(line.startswith("#") for line in said) else "+changed"
     return f"{version} ({commit}{changed})"
 
 

@@ -33,9 +33,8 @@ from mmfoundry.pipeline import optimizer_state
 from mmfoundry.pipeline.artifact import sync_folder, write_atomic
 from mmfoundry.pipeline.distributed import Runtime, all_reduce_sum, any_rank, barrier
 from mmfoundry.pipeline.engine import Engine
-from mmfoundry.pipeline.errors import DamagedInput, MmfoundryError, NotEnoughSpace
+from mmfoundry.pipeline.errors import DamagedInput, MmfoundryError, NotEnoughSpace, disk_full
 from mmfoundry.pipeline.rng import gather_rng, reseed, restore_rng
-from mmfoundry.pipeline.stage import disk_full
 from mmfoundry.pipeline.tensor_file import Spec, TensorFile, file_order, numel_bytes
 
 FORMAT = 1

@@ -4,6 +4,8 @@ The command line prints them as `error: ...` and ends with exit code 2; any othe
 its traceback.
 """
 
+import errno
+
 PREEMPTED_EXIT_CODE = 85  # the run saved its state because it was told to stop, and wants to be started again
 
 
@@ -50,3 +52,19 @@ class NotEnoughSpace(MmfoundryError):
 
 class StorageError(MmfoundryError):
     """A server or bucket does not give what it must: no answer after all retries, no access, or no ranges."""
+
+
+def disk_full(error: BaseException) -> bool:
+    """Whether an error, or one that it came from, says that a disk is full.
+
+    Rust writers (safetensors, polars) and torch wrap the system's error in their own; only its text is left.
+    """
+    while True:
+        if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
+            return True
+        if "No space left on device" in str(error) or "Disk quota exceeded" in str(error):
+            return True
+        cause = error.__cause__ or error.__context__
+        if cause is None:
+            return False
+        error = cause

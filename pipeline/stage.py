@@ -18,6 +18,7 @@ import random
 import shutil
 import time
 from collections.abc import Callable, Iterator, Mapping
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
@@ -29,7 +30,7 @@ from pydantic import ValidationError
 from mmfoundry.pipeline import artifact as artifacts
 from mmfoundry.pipeline.artifact import MANIFEST, Artifact, InputRecord, Manifest, digest_of, write_atomic
 from mmfoundry.pipeline.config import StageConfig, digest_config, inputs_of, local_inputs_of
-from mmfoundry.pipeline.errors import ConfigError, MissingInput, MmfoundryError, NotEnoughSpace
+from mmfoundry.pipeline.errors import ConfigError, MissingInput, MmfoundryError, NotEnoughSpace, disk_full
 from mmfoundry.pipeline.progress import Progress, progress_bar
 from mmfoundry.pipeline.resolve import resolve
 
@@ -139,6 +140,8 @@ class RunContext:
 
     def _publish(self, metrics: dict[str, float], keep_checkpoints: bool) -> None:
         seconds = self.seconds()
+        asked = ThreadPoolExecutor(1)
+        version = asked.submit(artifacts.code_version)  # git takes its time
         for left_over in self.work.rglob(".*.part"):  # of a write that was cut off
             left_over.unlink()
         files = artifacts.records_of(self.work, leave_out=(CHECKPOINTS, CLAIM))
@@ -149,7 +152,7 @@ class RunContext:
             config_digest=digest_config(self.config),
             inputs=self.records,
             digest=artifacts.digest_content(files),
-            code_version=artifacts.code_version(),
+            code_version=version.result(),
             seed=self.config.seed,
             environment=artifacts.environment() | _place(self.runtime),
             metrics=metrics,
@@ -157,6 +160,7 @@ class RunContext:
             created=artifacts.now(),
             files=files,
         )
+        asked.shutdown()
         write_atomic(self.work / MANIFEST, artifacts.to_json(manifest))
         os.rename(self.work, self.output)
         artifacts.sync_folder(self.output.parent)
@@ -441,19 +445,3 @@ def seed_everything(seed: int) -> None:
     random.seed(seed)
     np.random.seed(seed)
     torch.manual_seed(seed)
-
-
-def disk_full(error: BaseException) -> bool:
-    """Whether an error, or one that it came from, says that a disk is full.
-
-    Rust writers (safetensors, polars) and torch wrap the system's error in their own; only its text is left.
-    """
-    while True:
-        if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
-            return True
-        if "No space left on device" in str(error) or "Disk quota exceeded" in str(error):
-            return True
-        cause = error.__cause__ or error.__context__
-        if cause is None:
-            return False
-        error = cause

@@ -233,6 +233,8 @@ def _on_metadata(config: FilterConfig, context: RunContext, files: Sequence[Path
             return context.finish({})
         for one in counted:
             unreadable.add(one.account.unreadable)
+        if config.shards is None or not config.reshard:
+            workers.executor.dismiss()
         funnel = _account(config, context, judging, parts, counted, damaged, None)
         if config.reshard and config.shards is not None:
             _reshard_by_uid(config, context, workers)
@@ -301,7 +303,7 @@ def _account(
     funnel = funnel_of(judging.steps, account, judgements, truth, config.unseen_kinds)
     names = list(dict.fromkeys(part.name for part in parts))
     funnel |= {"shards": names, "damaged": dict(sorted(damaged.items())), "repeated_uids": repeated_uids(counted)}
-    write_atomic(context.work / "funnel.json", json.dumps(funnel, indent=1, ensure_ascii=False) + "\n")
+    write_atomic(context.work / "funnel.json", json.dumps(funnel, indent=1, ensure_ascii=False) + "\n", sync=False)
     if not funnel["kept"]:
         raise MmfoundryError(
             f"{config.pool}: no sample of {funnel['samples']} passes the filters; {_why(judging, funnel)}"

@@ -17,12 +17,10 @@ import polars as pl
 from mmfoundry.data.derived.base import PACKAGED, Models
 from mmfoundry.data.executors import Executor, make_executor
 from mmfoundry.data.filter_jobs import (
-    AccountJob,
     Counted,
     DescribeJob,
     Judging,
-    KeptJob,
-    PassJob,
+    Wanted,
     count,
     describe,
     merge,
@@ -192,9 +190,8 @@ def score_shards(
         judging = Judging(tuple(before), False, pool_digest(parts), cache, models=derived)
         before_key = judging.key
         judging = run_passes(judging, parts, workers)
-        places = [cache.path("kept", before_key, part.identity) for part in parts]
-        workers.map(write_kept, [KeptJob(judging, part, place) for part, place in zip(parts, places, strict=True)])
-        only = list(places)
+        workers.map(partial(write_kept, judging), parts)
+        only = [judging.kept_path(part) for part in parts]
     models = {
         name: path for name, path in context.inputs.items() if name.partition(".")[0] in ScoringConfig.model_fields
     }
@@ -277,8 +274,7 @@ def _run_passes(judging: Judging, parts: Sequence[Part], workers: Workers) -> bo
         passes = passes[:-1]  # whoever asks for all verdicts takes the last one
     with context.progress(len(passes) * len(parts), "filter: judging", "parts") as bar:
         for number, turns in enumerate(passes):
-            jobs = [PassJob(judging, part, number) for part in parts]
-            workers.map(take_pass, jobs, lambda place, result: bar.advance(context.runtime.world_size))
+            workers.map(partial(take_pass, judging, number), parts, lambda *_: bar.advance(context.runtime.world_size))
             if context.runtime.is_main:
                 for turn in turns:
                     if turn.round is not None:
@@ -300,7 +296,7 @@ def count_parts(
 ) -> list[Counted] | None:
     """Write the kept and dropped rows of the parts and count them; on the main rank, what was counted, by part."""
     context = workers.context
-    jobs = [AccountJob(judging, part, outputs, tuple(columns), examples, context.config.seed, truth) for part in parts]
+    wanted = Wanted(outputs, tuple(columns), examples, context.config.seed, truth)
     found: dict[int, Counted] = {}
     if context.runtime.is_main:  # it needs all results, and they come back only to whoever asked for them
         with context.progress(len(parts), "filter: writing tables", "parts") as bar:
@@ -309,7 +305,7 @@ def count_parts(
                 found[number] = counted
                 bar.advance()
 
-            workers.executor.map(count, jobs, done)
+            workers.executor.map(partial(count, judging, wanted), parts, done)
     barrier(context.runtime.group)
     return [found[number] for number in range(len(parts))] if context.runtime.is_main else None
 

@@ -11,7 +11,7 @@ from mmfoundry.data.derived.base import DERIVATIONS, PACKAGED, Derivation, Model
 
 # a word of fastText: it splits at these characters alone
 _TOKEN = r"[^ \n\r\t\x0b\x0c\x00]+"
-_ROWS_AT_ONCE = 1 << 13  # whose text stays in the cache
+_ROWS_AT_ONCE = 1 << 14  # whose text stays in the cache
 
 
 @DERIVATIONS.register("caption_length")
@@ -55,6 +55,19 @@ class CaptionTokens(Derivation):
         return {"caption_tokens": tokens.cast(pl.UInt32)}
 
 
+def each_once(captions: pl.Series) -> tuple[pl.Series, pl.Series]:
+    """The different captions, for what is dear to find out of one: many stand in a pool more than once.
+
+    Returns:
+        Each caption once, in any order; and for each row which of them it has, null for a null.
+    """
+    found = captions.alias("caption").to_frame().with_row_index("row").drop_nulls().group_by("caption").agg("row")
+    which = np.zeros(len(captions), np.uint32)
+    times = found["row"].list.len().to_numpy()
+    which[found["row"].explode().to_numpy()] = np.repeat(np.arange(found.height, dtype=np.uint32), times)
+    return found["caption"], pl.Series(which).set(captions.is_null(), None)
+
+
 def count_words(captions: pl.Series) -> pl.Series:
     """Words of each caption, as `len(text.split())`; null without a caption."""
     starts = range(0, len(captions), _ROWS_AT_ONCE)
@@ -82,7 +95,7 @@ class _Words:
     """The bytes of many captions and the white space among them: several times as fast as a regular expression."""
 
     def __init__(self, captions: pl.Series) -> None:
-        captions = captions.fill_null("")
+        captions = captions.fill_null("") if captions.null_count() else captions
         # captions are parted by line ends, which are white space as well
         self._text = np.frombuffer(captions.str.join("\n").cast(pl.Binary).item(), np.uint8)
         self._starts = np.zeros(len(captions), np.int64)
@@ -115,12 +128,16 @@ def _mark_wide_spaces(text: np.ndarray, space: np.ndarray) -> None:
     places = np.flatnonzero(text == 0xC2)
     wide = places[np.isin(text[places + 1], (0x85, 0xA0))]  # U+0085, U+00A0
     space[wide] = space[wide + 1] = True
-    places = np.flatnonzero((text >= 0xE1) & (text <= 0xE3))
+    # the first two bytes are looked at where they stand: in some languages every character begins with E3
+    lead, second = text[:-1], text[1:]
+    found = (lead == 0xE2) & ((second == 0x80) | (second == 0x81))
+    found |= (lead == 0xE3) & (second == 0x80)
+    found |= (lead == 0xE1) & (second == 0x9A)
+    places = np.flatnonzero(found)
     lead, second, third = text[places], text[places + 1], text[places + 2]
     of_2000 = (third <= 0x8A) | (third == 0xA8) | (third == 0xA9) | (third == 0xAF)  # to U+200A, U+2028, 2029, 202F
     wide = places[
         ((lead == 0xE2) & (((second == 0x80) & of_2000) | ((second == 0x81) & (third == 0x9F))))  # U+205F
-        | ((lead == 0xE1) & (second == 0x9A) & (third == 0x80))  # U+1680
-        | ((lead == 0xE3) & (second == 0x80) & (third == 0x80))  # U+3000
+        | ((lead != 0xE2) & (third == 0x80))  # U+1680, U+3000
     ]
     space[wide] = space[wide + 1] = space[wide + 2] = True

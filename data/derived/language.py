@@ -3,6 +3,7 @@
 import importlib.util
 from collections.abc import Mapping, Sequence
 from functools import lru_cache
+from itertools import repeat
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -10,6 +11,7 @@ import polars as pl
 
 from mmfoundry.data.column import Column
 from mmfoundry.data.derived.base import DERIVATIONS, PACKAGED, Derivation, Models
+from mmfoundry.data.derived.captions import each_once
 from mmfoundry.pipeline.errors import DamagedInput, MissingInput
 
 _LABEL = len("__label__")
@@ -32,12 +34,9 @@ class Language(Derivation):
     @staticmethod
     def compute(table: pl.DataFrame, models: Models = PACKAGED) -> dict[str, pl.Series]:
         """Guess and probability; null without a caption."""
-        captions = table.select("caption")
-        each = captions.drop_nulls().unique()  # what is there many times is asked about once
-        names = ("language", "language_probability")
-        known = each.with_columns(**dict(zip(names, _guesses(each["caption"], models.language), strict=True)))
-        found = captions.join(known, on="caption", how="left", maintain_order="left")
-        return {name: found[name] for name in names}
+        each, places = each_once(table["caption"])
+        found = _guesses(each, models.language)
+        return {name: values.gather(places) for name, values in zip(Language.makes, found, strict=True)}
 
     @staticmethod
     def files(models: Models) -> tuple[Path, ...]:
@@ -85,8 +84,8 @@ def _guesses(captions: pl.Series, model: Path | None = None) -> tuple[pl.Series,
     lines = (captions.str.replace_all("\n", " ", literal=True) + "\n").to_list()
     labels: list[str] = []
     probabilities: list[float] = []
-    for line in lines:  # a list of the pairs would cost the garbage collector a twentieth of all time
-        probability, label = predict(line, 1, 0.0, "strict")[0]
+    # a list of the pairs would cost the garbage collector a twentieth of all time
+    for ((probability, label),) in map(predict, lines, repeat(1), repeat(0.0), repeat("strict")):
         labels.append(label)
         probabilities.append(probability)
     # the quantised model says 1.00002 now and then

@@ -49,18 +49,19 @@ def judgement_of(plan: Plan, table: pl.DataFrame, standing: Standing) -> Judgeme
         standing: what was found of the part.
     """
     first_row = np.flatnonzero(_starts(table))
-    step = np.full(table.height, len(plan.steps), np.int32)
-    left = np.ones(table.height, bool)
+    step = np.full(table.height, -1, np.int32)
+    left, num_left = np.ones(table.height, bool), table.height
     pairs_after = []
     for number, verdict in enumerate(plan.in_sequence):
-        kept = left & _true(verdict.of(standing.verdicts))
-        pairs_after.append(int(kept.sum()))
-        if pairs_after[-1] < table.height:
+        found = verdict.of(standing.verdicts)
+        if found.null_count() or not found.all():
+            kept = left & _true(found)
             step[left & ~kept] = number  # the first that does not keep the row
-        left = kept
+            left, num_left = kept, int(np.count_nonzero(kept))
+        pairs_after.append(num_left)
     pairs = table.select([name for name in IDENTITY_READ if name in table.columns])
     keep = _of_samples(np.logical_or, left, first_row)
-    last = _of_samples(np.maximum, np.where(left, np.int32(-1), step), first_row)
+    last = _of_samples(np.maximum, step, first_row)
     samples = pairs.drop("caption_index")
     samples = samples if len(first_row) == table.height else samples[first_row]
     samples = samples.with_columns(

@@ -14,6 +14,7 @@ from mmfoundry.data.uids import high_low
 
 _NUMBERS_AND_PLACE = ("high", "low", "shard", "index")
 _AT_ONCE = 8  # tables that are read together
+_MANY = 1 << 22  # marks, for which it pays to have several threads sort them
 _ROWS_A_TURN = 1 << 26  # of which marks are held in memory at once, 8 bytes each
 
 
@@ -98,10 +99,14 @@ def repeated(partials: Sequence[pl.LazyFrame], key: Sequence[str]) -> pl.DataFra
     found = []
     for turn in range(turns):
         marks = [_marks(partial.select(key).collect(), turn, turns) for partial in partials]
-        ordered = pl.concat(marks).sort()
-        again = ordered.filter(ordered == ordered.shift()).unique().implode()
+        together = pl.concat(marks)
+        ordered = together.sort(multithreaded=len(together) > _MANY).to_numpy()
+        twice = ordered[1:][ordered[1:] == ordered[:-1]]
+        if not len(twice):
+            continue
+        again = pl.Series(twice).unique().implode()
         for partial, mark in zip(partials, marks, strict=True):
-            if again.list.len()[0] and mark.is_in(again).any():
+            if mark.is_in(again).any():
                 rows = partial.collect()
                 found.append(rows.filter(rows.select(key).hash_rows().is_in(again)))
     if not found:

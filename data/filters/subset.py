@@ -68,17 +68,17 @@ def to_subset(uids: Iterable[str] | np.ndarray) -> np.ndarray:
     first, second = SUBSET_TYPE.names or ("f0", "f1")
     # numpy compares such pairs one by one in Python's manner: ten times slower
     table = pl.DataFrame({"high": pairs[first], "low": pairs[second]})
-    ordered = table.sort("high")
+    ordered = table.sort("high", maintain_order=True)  # quick where what is put together here is sorted already
     high = ordered["high"].to_numpy()
     # to sort by both takes twice the time, and uids that share a half are rare
     return pairs_of_numbers(table.sort("high", "low") if (high[1:] == high[:-1]).any() else ordered)
 
 
 def write_subset(uids: Iterable[str] | np.ndarray, path: Path) -> None:
-    """Write uids as DataComp does, whole or not at all; arguments and errors as for `to_subset`."""
+    """Write uids into a stage's output as DataComp does, whole or not at all; arguments, errors as for `to_subset`."""
     buffer = io.BytesIO()
     np.save(buffer, to_subset(uids), allow_pickle=False)
-    write_atomic(path, buffer.getvalue())
+    write_atomic(path, buffer.getvalue(), sync=False)
 
 
 def load_subset(path: Path) -> np.ndarray:

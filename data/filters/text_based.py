@@ -7,7 +7,7 @@ import numpy as np
 import polars as pl
 from pydantic import Field
 
-from mmfoundry.data.derived.captions import words_of
+from mmfoundry.data.derived.captions import each_once, words_of
 from mmfoundry.data.filters.base import FILTERS, Filter
 from mmfoundry.data.filters.basic import Language
 from mmfoundry.data.filters.combine import All
@@ -37,8 +37,10 @@ class NamesEntity(Filter):
         if captions.null_count() == len(captions):  # then WordNet need not be there
             return pl.Series("keep", [], dtype=pl.Boolean).extend_constant(None, len(captions))
         entities = _entities(*self.files())
-        starts = range(0, len(captions), _ROWS_AT_ONCE)
-        return pl.concat([entities.named_in(captions[row : row + _ROWS_AT_ONCE]) for row in starts]).alias("keep")
+        each, places = each_once(captions)
+        starts = range(0, len(each), _ROWS_AT_ONCE)
+        named = pl.concat([entities.named_in(each[row : row + _ROWS_AT_ONCE]) for row in starts])
+        return named.gather(places).alias("keep")
 
 
 @FILTERS.register("text_based")
@@ -84,12 +86,12 @@ class _Entities:
         self._known: dict[str, bool] = {}
 
     def named_in(self, captions: pl.Series) -> pl.Series:
-        """Whether a word of each caption does; null without a caption."""
+        """Whether a word of each caption does; none is null."""
         words, rows = words_of(captions)
         names = [word for word in words.unique().to_list() if self._names(word)]
         named = np.zeros(len(captions), bool)
         named[rows[words.is_in(names).to_numpy()]] = True
-        return pl.Series(named).set(captions.is_null(), None)
+        return pl.Series(named)
 
     def _names(self, word: str) -> bool:
         known = self._known.get(word)

@@ -128,6 +128,22 @@ def test_no_process_is_left_behind() -> None:
         results(executor, tasks.square, [1])
 
 
+def test_dismissed_workers_end_and_others_come_for_further_jobs() -> None:
+    with LocalExecutor(2) as executor:
+        first = {process for process, *_ in results(executor, tasks.told, list(range(4))).values()}
+        executor.dismiss()
+        deadline = time.monotonic() + 20
+        while any(alive(process) for process in first) and time.monotonic() < deadline:
+            time.sleep(0.05)
+        assert first
+        assert not any(alive(process) for process in first)
+        later = {process for process, *_ in results(executor, tasks.told, list(range(4))).values()}
+        assert later
+        assert not later & first
+        executor.dismiss()
+    assert not any(alive(process) for process in later)
+
+
 def test_workers_end_with_the_process_that_started_them(tmp_path: Path) -> None:
     script = tmp_path / "script.py"
     script.write_text(

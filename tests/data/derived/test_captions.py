@@ -6,7 +6,7 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from mmfoundry.data.derived import captions as module
-from mmfoundry.data.derived.captions import CaptionLength, CaptionTokens, count_words, words_of
+from mmfoundry.data.derived.captions import CaptionLength, CaptionTokens, count_words, each_once, words_of
 from tests.data.filters.datacomp_reference import tokens
 
 SPACES = " \t\n\r\x0b\x0c\x00\x1c\x1d\x1e\x1f\x85\u00a0\u1680\u2000\u200a\u200b\u2028\u2029\u202f\u205f\u3000\ufeff"
@@ -51,3 +51,10 @@ def test_a_caption_of_a_megabyte() -> None:
     table = pl.DataFrame({"caption": ["dog " * 250_000]})
     assert [column[0] for column in CaptionLength.compute(table).values()] == [250_000, 1_000_000]
     assert CaptionTokens.compute(table)["caption_tokens"][0] == 250_000
+
+
+@pytest.mark.parametrize("texts", [[], [None], [None, None], ["a"], ["b", None, "a", "b", "", "a", None, "b"]])
+def test_each_caption_is_asked_about_once(texts: list[str | None]) -> None:
+    each, places = each_once(pl.Series(texts, dtype=pl.String))
+    assert sorted(each) == sorted({text for text in texts if text is not None})
+    assert each.gather(places).to_list() == texts
