@@ -10,7 +10,7 @@ import numpy as np
 import polars as pl
 
 DIGITS = 32
-_AT_ONCE = 1 << 14  # uids, whose text stays in the cache
+_AT_ONCE = 1 << 15  # uids, whose text stays in the cache
 _TEXT = pl.Array(pl.UInt64, DIGITS // 8)  # the bytes of a uid as they stand, whatever numbers they make
 # of SplitMix64 (Steele et al. 2014, "Fast splittable pseudorandom number generators"): a bijection that looks random
 _STEP = np.uint64(0x9E3779B97F4A7C15)
