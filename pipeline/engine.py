@@ -20,6 +20,7 @@ from mmfoundry.pipeline.blocks import wrap_blocks
 from mmfoundry.pipeline.distributed import Runtime
 from mmfoundry.pipeline.engine_config import EngineConfig, deepspeed_config, zero_stage
 from mmfoundry.pipeline.grad_cache import Batch
+from mmfoundry.pipeline.joint_batch_norm import join_batch_norms
 from mmfoundry.pipeline.optimizers import ParamGroup
 
 Objective = Callable[[Any, Batch, ProcessGroup | None], dict[str, Tensor]]
@@ -103,6 +104,7 @@ class Engine:
         self.base_optimizer = optimizer(groups)
         with contextlib.ExitStack() as environment:
             environment.callback(wrap_blocks(config, model))
+            environment.callback(join_batch_norms(model, runtime.group))
             environment.enter_context(_local_rank(runtime.local_rank))
             self.deepspeed = _initialize(module, self.base_optimizer, settings, runtime)
             self._environment = environment.pop_all()

@@ -144,6 +144,50 @@ def test_micro_batches_weigh_tokens_and_pairs_each_in_its_way(shards: Path, tmp_
         assert curve(found) == pytest.approx(curve(halves), rel=1e-5)
 
 
+def with_batch_norms(shards: Path, **trainer: Any) -> dict[str, Any]:
+    # SGD-like steps: Adam's first ones are signs of gradients, which rounding decides where they are next to nothing
+    optimizer = {"lr": 3e-3, "eps": 1e-2}
+    return tree(shards, "resnet", trainer={"optimizer": optimizer, **trainer})
+
+
+def statistics(group: ProcessGroup | None, output: str, config: dict[str, Any]) -> tuple[list[float], dict[str, Any]]:
+    """Losses of a training here, and the statistics that its batch normalisations are left with."""
+    losses = curve(logged(group, output, config))
+    state = read_clip(output).state_dict()
+    return losses, {name: value for name, value in state.items() if "running" in name or "tracked" in name}
+
+
+@pytest.fixture(scope="module")
+def normed(shards: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[list[float], dict[str, Any]]:
+    """A ResNet's losses and statistics on one process."""
+    return statistics(None, str(tmp_path_factory.mktemp("normed") / "out"), with_batch_norms(shards))
+
+
+@pytest.mark.parametrize(
+    ("world", "stage"), [(2, 1), (2, 3), *(pytest.param(4, stage, marks=pytest.mark.slow) for stage in (0, 1, 2))]
+)
+def test_batch_norms_see_the_joint_batch(
+    world: int, stage: int, normed: tuple[list[float], dict[str, Any]], shards: Path, tmp_path: Path
+) -> None:
+    config = with_batch_norms(shards, zero_optimization={"stage": stage})
+    for losses, kept in run_ranks(statistics, world, str(tmp_path / "out"), config):
+        assert losses == pytest.approx(normed[0], rel=1e-5)
+        torch.testing.assert_close(kept, normed[1], rtol=1e-4, atol=1e-6)
+
+
+def test_batch_norms_of_a_gradient_cache_see_each_chunk_once(shards: Path, tmp_path: Path) -> None:
+    """As micro-batches do; and the pass that is made for the loss alone leaves no trace."""
+    none = {"max_steps": 1, "optimizer": {"lr": 1e-30}}
+    chunks = with_batch_norms(shards, grad_cache_chunk_size=6, **none)
+    micro = with_batch_norms(shards, train_micro_batch_size_per_gpu=6, **none)
+    by_chunk, by_micro = (statistics(None, str(tmp_path / n), c)[1] for n, c in (("c", chunks), ("m", micro)))
+    torch.testing.assert_close(by_chunk, by_micro, rtol=0, atol=0)
+    assert {int(value) for name, value in by_chunk.items() if "tracked" in name} == {2}
+    shared = with_batch_norms(shards, grad_cache_chunk_size=3, **none)  # of each of two ranks: 6 in all
+    for _, kept in run_ranks(statistics, 2, str(tmp_path / "two"), shared):
+        assert {int(value) for name, value in kept.items() if "tracked" in name} == {2}
+
+
 @pytest.mark.parametrize("kind", ["convnext", "resnet"])
 def test_other_towers_learn(kind: str, shards: Path, tmp_path: Path) -> None:
     trainer = {"max_steps": 8, "optimizer": {"lr": 1e-3}, "precision": "bf16", "gradient_checkpointing": True}
