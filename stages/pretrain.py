@@ -311,7 +311,9 @@ def run(config: PretrainConfig, context: RunContext) -> Artifact:
         context=context,
         phase=PHASE,
         metrics=lambda: data_metrics(loader),
-        evaluate=None if config.eval is None else while_training(config.eval, context, "eval.", as_clip),
+        evaluate=None
+        if config.eval is None
+        else while_training(config.eval, context, "eval.", config.trainer, as_clip),
         work=clip_work(model) if isinstance(model, CLIP) else open_clip_work(model),
         param_groups=clip_param_groups(
             model,
