@@ -114,8 +114,13 @@ def open_clip_work(model: OpenClip) -> Callable[[Mapping[str, Any]], Work]:
 
     def work(batch: Mapping[str, Any]) -> Work:
         rows, length = batch["text"].shape
-        read = length if model.trims else context
-        return Work(tokens=rows * (seen + read), flops=rows * _through(lengths, costs, length))
+        groups = [(rows, length if model.trims else context)]
+        if model.trims and model.groups > 1:
+            groups = length_groups(model.caption_lengths(batch["text"]).tolist(), model.groups)
+        tokens = sum(count * (seen + longest) for count, longest in groups)
+        if model.captions:  # the decoder is cut behind the batch's longest caption
+            groups = [(rows, length)]
+        return Work(tokens=tokens, flops=sum(count * _through(lengths, costs, longest) for count, longest in groups))
 
     return work
 
@@ -141,7 +146,8 @@ def _counted(model: OpenClip, length: int) -> float:
         for name, weight in model.named_parameters()
     }
     bare |= {name: torch.empty_like(buffer, device="meta") for name, buffer in model.named_buffers()}
-    was_training = model.training
+    was_training, groups = model.training, model.groups
+    model.groups = 1  # which captions go together is seen in a batch only
     try:
         # The counter knows attention that is written out; few of the kernels.
         with sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
@@ -151,6 +157,7 @@ def _counted(model: OpenClip, length: int) -> float:
                 torch.stack(parts).sum().backward()
     finally:
         model.train(was_training)
+        model.groups = groups
     return counter.get_total_flops() / _COUNTED_ROWS
 
 

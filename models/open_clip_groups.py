@@ -18,6 +18,7 @@ Tower = Literal["image", "text"]
 _KEYS = {"image": "lock_image_unlocked_groups", "text": "lock_text_unlocked_layers"}
 # What `lock` raises of a tower that it cannot lock in part, of timm's also where its layers have no groups.
 _REFUSALS = (AssertionError, AttributeError, KeyError, NotImplementedError, RuntimeError, TypeError)
+_PLAIN_TEXT = ("token_embedding.", "transformer.", "positional_embedding", "ln_final.", "text_projection")
 _PLAIN_BATCH_NORM = (nn.BatchNorm2d, nn.SyncBatchNorm)
 
 
@@ -46,6 +47,26 @@ def lock_open_clip_tower(model: OpenClip, tower: Tower, unlocked: int = 0, freez
         raise ConfigError(f"{_KEYS[tower]}: {_said(error, _tower(model, tower))}") from error
     if all(weight.requires_grad for weight in weights):
         raise ConfigError(f"{_KEYS[tower]} is {unlocked}: this tower has fewer groups, so nothing of it is locked")
+
+
+def take_open_clip_towers(trained: OpenClip, fresh: OpenClip, which: Literal["both", "image", "text"]) -> OpenClip:
+    """One tower of a trained model with its projection, the rest (scale, bias, a decoder) the fresh model's; or all.
+
+    Args:
+        trained: gives the tower.
+        fresh: of the same weights' names and shapes; changed in place and returned.
+        which: the tower that is taken; `both`: everything.
+    """
+    state = trained.open_clip.state_dict()
+    if which == "both":
+        fresh.open_clip.load_state_dict(state)
+        return fresh
+    # A plain CLIP holds the parts of its text tower itself.
+    text = ("text.",) if hasattr(trained.open_clip, "text") else _PLAIN_TEXT
+    prefixes = ("visual.",) if which == "image" else text
+    taken = {name: value for name, value in state.items() if name.startswith(prefixes)}
+    fresh.open_clip.load_state_dict(taken, strict=False)
+    return fresh
 
 
 def group_depths(model: OpenClip, tower: Tower) -> dict[int, int]:

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Mapping
+from functools import partial
 from typing import Any, NamedTuple
 
 import torch
@@ -19,7 +20,7 @@ from torch import Tensor, nn
 
 from mmfoundry.models.clip import ClipOutput, PreprocessConfig, at_least_fp32, inverse_temperature
 from mmfoundry.models.interop.open_clip import model_cfg_file, named_model_cfg
-from mmfoundry.models.text import TokenizerConfig
+from mmfoundry.models.text import TokenizerConfig, by_length
 from mmfoundry.models.vision import to_pixels
 from mmfoundry.pipeline.config import Config, parse
 from mmfoundry.pipeline.errors import ConfigError, DamagedInput
@@ -142,6 +143,18 @@ class OpenClipConfig(Config):
         """Whether there is a text decoder, as CoCa has."""
         return "multimodal_cfg" in self.open_clip
 
+    def with_patch_dropout(self, share: float) -> OpenClipConfig:
+        """The same model with this share of a picture's patches left out in training.
+
+        Raises:
+            ConfigError: its image tower has no patches to leave out.
+        """
+        if isinstance(self._vision.get("layers"), list | tuple):
+            raise ConfigError("force_patch_dropout: this model's image tower is a ResNet, which has no patches")
+        return self.model_copy(
+            update={"open_clip": self.open_clip | {"vision_cfg": self._vision | {"patch_dropout": share}}}
+        )
+
     def check_resizing(self) -> None:
         """Refuse a model whose pictures are resized in another way than ours.
 
@@ -186,6 +199,8 @@ class OpenClip(nn.Module):
         open_clip: open_clip's own module, which holds all parameters.
         captions: whether the forward pass gives `CaptionedOutput`; a CoCa's decoder costs as much as a tower.
         trims: whether captions are read as they come, not made as long as the context.
+        groups: of captions of like length, which go through the text tower one after the other; more than 1 where it
+            `trims` only.
     """
 
     def __init__(self, config: OpenClipConfig):
@@ -193,10 +208,10 @@ class OpenClip(nn.Module):
         self.config = config
         self.open_clip: Any = build_module(config)
         self.captions = False
-        text = getattr(self.open_clip, "text", self.open_clip)
-        pool = getattr(text, "text_pool_type", getattr(text, "pool_type", None))
+        self.groups = 1
+        text = self._text
         alone = getattr(text, "cls_emb", None) is None and getattr(text, "attn_mask", None) is not None
-        self.trims = alone and pool in _TRIMMED_POOLS
+        self.trims = alone and _pooling(text)[0] in _TRIMMED_POOLS
 
     @classmethod
     def from_seed(cls, config: OpenClipConfig, seed: int) -> OpenClip:
@@ -249,11 +264,24 @@ class OpenClip(nn.Module):
         Captions are made as long as the context, unless what follows the end of text cannot matter: under a causal
         mask, where the caption's own last position is read. A CoCa's class token stands behind the whole context.
         """
-        if self.trims:
-            features = _read_at_end(getattr(self.open_clip, "text", self.open_clip), tokens_bL)
+        if self.trims and self.groups > 1 and len(tokens_bL) > 1:
+            lengths_b = self.caption_lengths(tokens_bL)
+            features = by_length(partial(_read_at_end, self._text), tokens_bL, lengths_b, self.groups)
+        elif self.trims:
+            features = _read_at_end(self._text, tokens_bL)
         else:
             features = self.open_clip.encode_text(self._padded(tokens_bL), normalize=False)
         return F.normalize(at_least_fp32(features), dim=-1)
+
+    def caption_lengths(self, tokens_bL: Tensor) -> Tensor:
+        """Tokens of each caption up to the position that is read, (b,), of a tower that `trims`."""
+        pool, end = _pooling(self._text)
+        return (tokens_bL if pool == "argmax" else (tokens_bL == end).int()).argmax(dim=-1) + 1
+
+    @property
+    def _text(self) -> Any:
+        """What reads captions: a module of its own, or open_clip's plain CLIP itself."""
+        return getattr(self.open_clip, "text", self.open_clip)
 
     def _padded(self, tokens_bL: Tensor) -> Tensor:
         return F.pad(tokens_bL, (0, self.config.text_cfg.context_length - tokens_bL.shape[1]), value=PAD)
@@ -339,6 +367,12 @@ def build_module(config: OpenClipConfig) -> nn.Module:
     return module
 
 
+def _pooling(text: Any) -> tuple[str | None, int | None]:
+    """How a caption is read, and the id of its end where that is asked for; `CLIP` and `TextTransformer` differ."""
+    pool = getattr(text, "text_pool_type", getattr(text, "pool_type", None))
+    return pool, getattr(text, "text_eos_id", getattr(text, "eos_id", None))
+
+
 def _read_at_end(text: Any, tokens_bL: Tensor) -> Tensor:
     """Features (b, D) of captions of any length by a causal text tower, an open_clip `TextTransformer` or `CLIP`."""
     from open_clip.transformer import text_global_pool
@@ -346,8 +380,7 @@ def _read_at_end(text: Any, tokens_bL: Tensor) -> Tensor:
     length = tokens_bL.shape[1]
     hidden = text.token_embedding(tokens_bL) + text.positional_embedding[:length]
     hidden = text.ln_final(text.transformer(hidden, attn_mask=text.attn_mask[:length, :length]))
-    pool = getattr(text, "text_pool_type", getattr(text, "pool_type", None))
-    end = getattr(text, "text_eos_id", getattr(text, "eos_id", None))
+    pool, end = _pooling(text)
     features = text_global_pool(hidden, tokens_bL, pool, eos_token_id=end)
     if text.text_projection is None:
         return features

@@ -4,7 +4,7 @@ one that sees all of its fixed length, padding too, and is read at the last posi
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Literal
 
 import numpy as np
@@ -132,7 +132,7 @@ class TextTower(nn.Module):
         if self.packed and len(tokens_bL):
             return self._read_packed(tokens_bL)
         if self.groups > 1 and len(tokens_bL) > 1:
-            return self._by_length(tokens_bL)
+            return by_length(self._read, tokens_bL, end_of_text(tokens_bL) + 1, self.groups)
         if tokens_bL.device.type == "cpu":  # on a GPU the length would have to be waited for: the loader trims there
             tokens_bL = trim(tokens_bL)
         return self._read(tokens_bL)
@@ -161,20 +161,30 @@ class TextTower(nn.Module):
         hidden_TD = self.embeddings(tokens_bL[order_b[row_T], position_T], position_T)
         return self._finished(self.encoder.last_of_each(hidden_TD, packing, is_causal=True))[order_b.argsort()]
 
-    def _by_length(self, tokens_bL: Tensor) -> Tensor:
-        """What `_read` gives, captions of like length together, each group cut behind its longest."""
-        lengths_b = end_of_text(tokens_bL) + 1
-        order_b = lengths_b.argsort(stable=True)
-        parts, start = [], 0
-        for rows, length in length_groups(lengths_b.tolist(), self.groups):  # waits for the device, if there is one
-            parts.append(self._read(tokens_bL[order_b[start : start + rows], :length]))
-            start += rows
-        return torch.cat(parts)[order_b.argsort()]
-
 
 def end_of_text(tokens_bL: Tensor) -> Tensor:
     """Position of the end-of-text token: the first place of the highest id, as open_clip and OpenAI have it; (b,)."""
     return tokens_bL.argmax(dim=-1)
+
+
+def by_length(read: Callable[[Tensor], Tensor], tokens_bL: Tensor, lengths_b: Tensor, groups: int) -> Tensor:
+    """What a tower reads, captions of like length together, each group cut behind its longest.
+
+    Args:
+        read: the tower: (rows, length) to (rows, D).
+        tokens_bL: integer ids.
+        lengths_b: of each caption, tokens; what follows does not matter.
+        groups: how many; see `length_groups`.
+
+    Returns:
+        (b, D), in the order of `tokens_bL`.
+    """
+    order_b = lengths_b.argsort(stable=True)
+    parts, start = [], 0
+    for rows, length in length_groups(lengths_b.tolist(), groups):  # waits for the device, if there is one
+        parts.append(read(tokens_bL[order_b[start : start + rows], :length]))
+        start += rows
+    return torch.cat(parts)[order_b.argsort()]
 
 
 def length_groups(lengths: Sequence[int], groups: int) -> list[tuple[int, int]]:

@@ -20,6 +20,7 @@ from mmfoundry.pipeline.blocks import wrap_blocks
 from mmfoundry.pipeline.distributed import Runtime
 from mmfoundry.pipeline.engine_config import EngineConfig, deepspeed_config, zero_stage
 from mmfoundry.pipeline.grad_cache import Batch
+from mmfoundry.pipeline.joint_batch_norm import join_batch_norms
 from mmfoundry.pipeline.optimizers import ParamGroup
 from mmfoundry.pipeline.sliced_optimizers import SlicedOptimizer
 from mmfoundry.pipeline.slices import partitions_of
@@ -31,6 +32,12 @@ FIRST_LOSS_SCALE = 2.0**16
 LOSS_SCALE_DOUBLES_AFTER = 2000
 
 
+def autocast(precision: str, device: torch.device) -> torch.autocast:
+    """The arithmetic of a forward pass in a trainer's `precision`."""
+    dtype = {"fp32": None, "bf16": torch.bfloat16, "fp16": torch.float16}[precision]
+    return torch.autocast(device.type, dtype=dtype, enabled=dtype is not None)
+
+
 class _ModelWithLoss(nn.Module):
     """What DeepSpeed drives: it finds where to hook only in plain tensors and dicts, such as an objective returns."""
 
@@ -39,12 +46,11 @@ class _ModelWithLoss(nn.Module):
         self.model = model
         self._objective = objective
         self._group = runtime.group
-        self._device_type = runtime.device.type
-        self._autocast = {"fp32": None, "bf16": torch.bfloat16, "fp16": torch.float16}[precision]
+        self._device, self._precision = runtime.device, precision
 
     def forward(self, batch: Batch, grads: Sequence[Tensor | None] | None = None, output_only: bool = False) -> Any:
         """The objective's values; or, of the two passes of a gradient cache, the model's output or its product."""
-        with self.autocast():
+        with autocast(self._precision, self._device):
             output = self.model(batch)
             if output_only:
                 return output
@@ -54,12 +60,8 @@ class _ModelWithLoss(nn.Module):
 
     def values(self, output: Any, batch: Batch) -> dict[str, Tensor]:
         """What the objective says of a model's output."""
-        with self.autocast():
+        with autocast(self._precision, self._device):
             return dict(self._objective(output, batch, self._group))
-
-    def autocast(self) -> torch.autocast:
-        """The precision of the arithmetic."""
-        return torch.autocast(self._device_type, dtype=self._autocast, enabled=self._autocast is not None)
 
 
 class Engine:
@@ -105,6 +107,7 @@ class Engine:
         self.base_optimizer = optimizer(groups)
         with contextlib.ExitStack() as environment:
             environment.callback(wrap_blocks(config, model))
+            environment.callback(join_batch_norms(model, runtime.group))
             environment.enter_context(_local_rank(runtime.local_rank))
             self.deepspeed = _initialize(module, self.base_optimizer, settings, runtime)
             self._environment = environment.pop_all()

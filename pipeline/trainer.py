@@ -24,8 +24,7 @@ from typing import Any, Protocol
 import torch
 from torch import nn
 
-from mmfoundry.pipeline import checkpoint
-from mmfoundry.pipeline.ema import Ema
+from mmfoundry.pipeline import checkpoint, ema
 from mmfoundry.pipeline.engine import Engine, Objective
 from mmfoundry.pipeline.engine_config import zero_stage
 from mmfoundry.pipeline.errors import PREEMPTED_EXIT_CODE, ConfigError
@@ -112,7 +111,7 @@ def train(
         param_groups: from `decay_groups`; None: all trainable parameters, vectors not decayed.
         metrics: more numbers for the log, asked for every `logging_steps` steps.
         evaluate: called with the model, its weights whole and in eval mode, and the step, every `eval_steps` steps,
-            without gradients, on every rank.
+            without gradients, on every rank; where an average of the weights is kept, then again with that.
         work: what a micro-batch costs one rank, for tokens and operations a second in the log.
     Raises:
         ConfigError: `eval_steps` where nothing is evaluated.
@@ -212,7 +211,7 @@ class _Training:
             groups,
             runtime,
         )
-        self.ema = Ema(config.ema, self.engine.base_optimizer) if config.ema is not None else None
+        self.ema = ema.Ema(config.ema, self.engine.base_optimizer) if config.ema is not None else None
         self.updates = Updates(config, self.engine, self.objective, self.guard, self.heart, runtime)
         with ExitStack() as on_error, ExitStack() as at_end:
             on_error.callback(self.engine.abandon)
@@ -319,10 +318,14 @@ class _Training:
 
     def _evaluate(self, evaluate: Callable[[Any, int], Mapping[str, float]]) -> None:
         self.heart.at(self.progress.step, Doing.EVALUATION)
-        drawn = rng_state(self.runtime.device)
-        with torch.no_grad(), self.measured.whole(self.engine) as model:
-            numbers = evaluate(model, self.progress.step)
-        set_rng_state(drawn, self.runtime.device)  # what an evaluation draws must not change the training
+        numbers: dict[str, float] = {}
+        looks: dict[str, str | None] = {"": None} if self.ema is None else {"": None, f"/{ema.KEY}": ema.KEY}
+        for suffix, state in looks.items():
+            drawn = rng_state(self.runtime.device)
+            with torch.no_grad(), self.measured.whole(self.engine, state) as model:
+                found = evaluate(model, self.progress.step)
+            set_rng_state(drawn, self.runtime.device)  # what an evaluation draws must not change the training
+            numbers |= {f"{name}{suffix}": value for name, value in found.items()}
         self.evaluated = (self.progress.step, {name: float(value) for name, value in numbers.items()})
         named = {f"eval/{name}": value for name, value in numbers.items()}
         self.context.log.scalars(self.progress.step, named, self.phase)

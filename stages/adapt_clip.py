@@ -291,7 +291,7 @@ def _train(
         metrics=lambda: data_metrics(loader),
         evaluate=None
         if config.eval is None
-        else while_training(config.eval, context, "clip.eval.", lambda live: as_clip(live.clip)),
+        else while_training(config.eval, context, "clip.eval.", config.trainer, lambda live: as_clip(live.clip)),
         param_groups=decay_groups(classifier.named_parameters(), config.trainer.optimizer.weight_decay),
     )
     classifier.eval()

@@ -16,8 +16,10 @@ from mmfoundry.evals.samples import Samples, select
 from mmfoundry.evals.task import joint_rows
 from mmfoundry.models.aligner import AlignmentLoss
 from mmfoundry.pipeline.config import Config, ShardsRef
+from mmfoundry.pipeline.engine import autocast
 from mmfoundry.pipeline.errors import DamagedInput
 from mmfoundry.pipeline.stage import RunContext
+from mmfoundry.pipeline.trainer_config import TrainerConfig
 from mmfoundry.pipeline.updates import to_device
 
 NUMBERS = ("loss", "accuracy", "distance")
@@ -32,7 +34,11 @@ class AlignEvaluationConfig(Config):
 
 
 def while_aligning(
-    config: AlignEvaluationConfig, context: RunContext, encode: NamedTiles, objective: AlignmentLoss
+    config: AlignEvaluationConfig,
+    context: RunContext,
+    encode: NamedTiles,
+    objective: AlignmentLoss,
+    trainer: TrainerConfig,
 ) -> Callable[[Any, int], dict[str, float]]:
     """What the trainer calls to measure an `Aligner`: loss and accuracy over all tiles of all ranks alike.
 
@@ -43,6 +49,7 @@ def while_aligning(
         context: of the running stage.
         encode: how pictures become tiles and names.
         objective: of the phase.
+        trainer: of the phase; what is measured is computed in its precision.
 
     Returns:
         (model, step) to `loss`, `accuracy`, `distance`. DamagedInput: a picture cannot be read, or has another name.
@@ -59,7 +66,8 @@ def while_aligning(
         for number in range(runtime.rank, len(starts), runtime.world_size):
             rows = range(starts[number], min(starts[number] + config.batch_size, len(held)))
             batch = to_device(collate([_encoded(held, row, encode) for row in rows]), runtime.device)
-            values, tiles = objective(model(batch), batch), len(batch["target"])
+            with autocast(trainer.precision, runtime.device):
+                values, tiles = objective(model(batch), batch), len(batch["target"])
             found[number] = [tiles, *(tiles * float(values[name]) for name in NUMBERS)]
         tiles, *sums = joint_rows(found, runtime).sum(0)
         return {name: total / tiles for name, total in zip(NUMBERS, sums, strict=True)}

@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
+from dataclasses import replace
 from functools import cache
 from typing import Any
 
@@ -18,6 +19,7 @@ from mmfoundry.evals.task import Bench, Clip, EvalTask, Selection, Vlm
 from mmfoundry.models.interop.any_clip import AnyClip
 from mmfoundry.models.open_clip_model import OpenClip
 from mmfoundry.pipeline.config import Config, ShardsRef
+from mmfoundry.pipeline.engine import autocast
 from mmfoundry.pipeline.errors import ConfigError
 from mmfoundry.pipeline.progress import Progress
 from mmfoundry.pipeline.registry import unknown
@@ -122,14 +124,22 @@ def opener(context: RunContext, prefix: str = "") -> Callable[[Selection], Sampl
 
 
 def while_training(
-    config: EvaluationConfig, context: RunContext, prefix: str, measurable: Callable[[Any], Clip | Vlm]
+    config: EvaluationConfig,
+    context: RunContext,
+    prefix: str,
+    trainer: TrainerConfig,
+    measurable: Callable[[Any], Clip | Vlm],
 ) -> Callable[[Any, int], dict[str, float]]:
     """What the trainer calls to measure the model that it trains; pictures are shared out over all ranks.
+
+    The model computes in the precision that it is trained in; its embeddings and scores are at least fp32, and so is
+    what is made of them.
 
     Args:
         config: what is measured.
         context: of the running stage.
         prefix: see `opener`.
+        trainer: of the phase.
         measurable: the model that is trained, as evaluations see it.
 
     Returns:
@@ -141,7 +151,7 @@ def while_training(
         return nullcontext(Progress(total, description, unit))  # the training's own bar is on the screen
 
     def evaluate(model: Any, step: int) -> dict[str, float]:
-        shown = measurable(model)
+        shown = _computing_in(trainer.precision, context.runtime.device, measurable(model))
         bench = Bench(
             open=opened,
             runtime=context.runtime,
@@ -154,6 +164,21 @@ def while_training(
         return {row.metric: row.value for name, task in config.to_run().items() for row in task.run(name, bench).rows}
 
     return evaluate
+
+
+def _computing_in(precision: str, device: torch.device, model: Clip | Vlm) -> Clip | Vlm:
+    """The same model, whose arithmetic is of this precision."""
+
+    def under(compute: Callable[..., Any]) -> Callable[..., Any]:
+        def computed(*args: Any, **kwargs: Any) -> Any:
+            with autocast(precision, device):
+                return compute(*args, **kwargs)
+
+        return computed
+
+    if isinstance(model, Clip):
+        return replace(model, encode_image=under(model.encode_image), encode_text=under(model.encode_text))
+    return replace(model, answer=under(model.answer), score=under(model.score))
 
 
 def as_clip(model: AnyClip) -> Clip:

@@ -166,7 +166,9 @@ def align(
         context=context,
         phase="align",
         metrics=lambda: data_metrics(loader),
-        evaluate=None if config.eval is None else while_aligning(config.eval, context, encode, objective),
+        evaluate=None
+        if config.eval is None
+        else while_aligning(config.eval, context, encode, objective, config.trainer),
     )
 
 
@@ -203,7 +205,7 @@ def tune(
         metrics=lambda: data_metrics(conversations),
         evaluate=None
         if config.eval is None
-        else while_training(config.eval, context, f"{prefix}eval.", lambda live: as_vlm(live, text)),
+        else while_training(config.eval, context, f"{prefix}eval.", config.trainer, lambda live: as_vlm(live, text)),
         param_groups=_groups(model, config),
     )
 

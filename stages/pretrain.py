@@ -23,7 +23,7 @@ from mmfoundry.models.flops import clip_work, open_clip_work
 from mmfoundry.models.interop.any_clip import AnyClip, AnyClipConfig, config_of_name, read_clip, save_any_clip
 from mmfoundry.models.lock import lock_image_tower, lock_text_tower, take_towers
 from mmfoundry.models.objectives import Objective, needs, weighted_sum
-from mmfoundry.models.open_clip_groups import lock_open_clip_tower
+from mmfoundry.models.open_clip_groups import lock_open_clip_tower, take_open_clip_towers
 from mmfoundry.models.open_clip_model import OpenClip, OpenClipConfig
 from mmfoundry.models.param_groups import TowerRates, clip_param_groups
 from mmfoundry.models.teachers import Taught, check_teacher
@@ -240,17 +240,13 @@ def check_open_clip(config: PretrainConfig, model: OpenClipConfig) -> None:
     Raises:
         ConfigError: the key is named.
     """
-    asked = {
-        "text_groups": config.text_groups > 1,
-        "text_packing": config.text_packing,
-        "initial_towers": config.initial_towers != "both",
-        "force_patch_dropout": config.force_patch_dropout is not None,
-    }
-    for key, given in asked.items():
-        if given:
-            raise ConfigError(
-                f"{key}: only our own ViT towers have it, and this model is computed by open_clip's module"
-            )
+    if config.text_packing:
+        raise ConfigError(
+            "text_packing: only our own text towers have it, and this model is computed by open_clip's module; "
+            "text_groups spares most of the padding"
+        )
+    if config.force_patch_dropout is not None:
+        model.with_patch_dropout(config.force_patch_dropout)
 
 
 def encoder_of(
@@ -289,11 +285,7 @@ def run(config: PretrainConfig, context: RunContext) -> Artifact:
     if runtime.device.type == "cpu":
         keep_freed_memory()
     model, seed = _model(config, context)
-    if isinstance(model, CLIP):
-        for key, default in (("text_groups", 1), ("text_packing", False)):
-            if getattr(config, key) != default and model.config.text_cfg.reads_padding:
-                raise ConfigError(f"{key}: the model reads its captions' padding, so they cannot be cut: leave it out")
-        model.text_model.groups, model.text_model.packed = config.text_groups, config.text_packing
+    _cut_captions(config, model)
     loader = Loader(
         sources_of(config.data, open_pools(config.data, config.loader, context)),
         batch_size=config.trainer.samples_per_fetch(runtime.world_size),
@@ -318,7 +310,9 @@ def run(config: PretrainConfig, context: RunContext) -> Artifact:
         context=context,
         phase=PHASE,
         metrics=lambda: data_metrics(loader),
-        evaluate=None if config.eval is None else while_training(config.eval, context, "eval.", as_clip),
+        evaluate=None
+        if config.eval is None
+        else while_training(config.eval, context, "eval.", config.trainer, as_clip),
         work=clip_work(model) if isinstance(model, CLIP) else open_clip_work(model),
         param_groups=clip_param_groups(
             model,
@@ -379,10 +373,7 @@ def _model(config: PretrainConfig, context: RunContext) -> tuple[AnyClip, int | 
     model: AnyClip
     if config.model is not None:
         seed = config.seed
-        if isinstance(config.model, OpenClipConfig):
-            model = OpenClip.from_seed(config.model, seed)
-        else:
-            model = CLIP.from_seed(_forced(config, config.model), seed)
+        model = _fresh(config, config.model)
     else:
         model = read_clip(context.inputs["initial"])
         if "bias" in needed and model.logit_bias is None:
@@ -390,13 +381,7 @@ def _model(config: PretrainConfig, context: RunContext) -> tuple[AnyClip, int | 
         if "captions" in needed and not writes_captions(model.config):
             raise ConfigError(f"initial: {config.initial} has no text decoder, which captioning needs")
     if isinstance(model, OpenClip):
-        check_open_clip(config, model.config)
-        model.captions = "captions" in needed
-        if config.lock_image:
-            lock_open_clip_tower(model, "image", config.lock_image_unlocked_groups, config.lock_image_freeze_bn_stats)
-        if config.lock_text:
-            lock_open_clip_tower(model, "text", config.lock_text_unlocked_layers)
-        return model, seed
+        return _open_clip_model(config, model), seed
     check_ours(config)
     if config.initial is not None:
         if config.initial_towers != "both":
@@ -410,12 +395,52 @@ def _model(config: PretrainConfig, context: RunContext) -> tuple[AnyClip, int | 
     return model, seed
 
 
+def _open_clip_model(config: PretrainConfig, model: OpenClip) -> OpenClip:
+    """A model that open_clip computes, from the seed or as `initial` has it, with what the config asks of it."""
+    check_open_clip(config, model.config)
+    if config.initial is not None and (config.initial_towers != "both" or config.force_patch_dropout is not None):
+        fresh = _fresh(config, model.config)
+        assert isinstance(fresh, OpenClip)
+        model = take_open_clip_towers(model, fresh, config.initial_towers)
+    model.captions = "captions" in needs(weighted_sum(config.objectives))
+    if config.lock_image:
+        lock_open_clip_tower(model, "image", config.lock_image_unlocked_groups, config.lock_image_freeze_bn_stats)
+    if config.lock_text:
+        lock_open_clip_tower(model, "text", config.lock_text_unlocked_layers)
+    return model
+
+
+def _fresh(config: PretrainConfig, model: AnyClipConfig) -> AnyClip:
+    """An untrained model, with `force_patch_dropout`, if there is one."""
+    if isinstance(model, ClipConfig):
+        return CLIP.from_seed(_forced(config, model), config.seed)
+    if config.force_patch_dropout is None:
+        return OpenClip.from_seed(model, config.seed)
+    forced = model.with_patch_dropout(config.force_patch_dropout)
+    try:
+        return OpenClip.from_seed(forced, config.seed)
+    except ConfigError as error:  # of timm's towers, those of patches have it
+        raise ConfigError(f"force_patch_dropout: {error}") from error
+
+
 def _forced(config: PretrainConfig, model: ClipConfig) -> ClipConfig:
     """The model's config with `force_patch_dropout`, if there is one."""
     if config.force_patch_dropout is None:
         return model
     vision = model.vision_cfg.model_copy(update={"patch_dropout": config.force_patch_dropout})
     return model.model_copy(update={"vision_cfg": vision})
+
+
+def _cut_captions(config: PretrainConfig, model: AnyClip) -> None:
+    """Have the text tower read captions in groups, or packed, where the config asks for it and the tower allows it."""
+    reads_padding = not model.trims if isinstance(model, OpenClip) else model.config.text_cfg.reads_padding
+    for key, default in (("text_groups", 1), ("text_packing", False)):
+        if getattr(config, key) != default and reads_padding:
+            raise ConfigError(f"{key}: the model reads its captions' padding, so they cannot be cut: leave it out")
+    if isinstance(model, OpenClip):
+        model.groups = config.text_groups
+    else:
+        model.text_model.groups, model.text_model.packed = config.text_groups, config.text_packing
 
 
 def _objective(config: PretrainConfig, context: RunContext, student: AnyClipConfig) -> Objective:

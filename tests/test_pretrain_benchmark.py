@@ -8,8 +8,11 @@ from types import ModuleType
 
 import pytest
 
+from mmfoundry.models.interop.any_clip import config_of_name
 from mmfoundry.models.interop.open_clip import named_config
 from tests.scripts import BENCHMARKS, load_script
+
+APART = ["end to end", "memory"]
 
 
 @pytest.fixture(scope="module")
@@ -32,11 +35,22 @@ def test_the_peers_operations_are_those_that_it_is_known_to_make(script: ModuleT
     assert flops / 1e9 == pytest.approx(3 * 14.78, rel=0.01)  # open_clip's docs/model_profile.csv
 
 
+def test_a_siglip_and_a_resnet_get_batches_of_their_own_kind(script: ModuleType) -> None:
+    siglip, resnet = config_of_name("ViT-B-16-SigLIP"), config_of_name("RN50")
+    assert [script.is_plain(each) for each in (siglip, resnet, config_of_name("ViT-B-32"))] == [False, False, True]
+    batch = script.web_batch(siglip, 4, seed=0)
+    assert batch["text"].shape == (4, 64)
+    assert int(batch["text"].max()) == 31_999
+    assert script.web_batch(resnet, 4, seed=0)["image"].shape == (4, 3, 224, 224)
+
+
 @pytest.mark.slow
-def test_it_runs(tmp_path: Path) -> None:
-    command = [sys.executable, str(BENCHMARKS / "pretrain.py"), "--quick", "--json", str(tmp_path / "rows.json")]
+@pytest.mark.parametrize(("option", "kinds"), [([], ["step", *APART]), (["--apart"], APART)])
+def test_it_runs(option: list[str], kinds: list[str], tmp_path: Path) -> None:
+    script = [sys.executable, str(BENCHMARKS / "pretrain.py"), "--models", "ViT-S-32-alt", *option]
+    command = [*script, "--quick", "--json", str(tmp_path / "rows.json")]
     done = subprocess.run(command, capture_output=True, text=True, timeout=600, check=False)
     assert done.returncode == 0, done.stderr
     rows = json.loads((tmp_path / "rows.json").read_text())
-    assert [row["work"] for row in rows] == [f"{kind} ViT-S-32-alt" for kind in ("step", "end to end", "memory")]
+    assert [row["work"] for row in rows] == [f"{kind} ViT-S-32-alt" for kind in kinds]
     assert all(set(row) == {"work", "ours", "peer", "unit", "ratio"} and row["ours"] > 0 for row in rows)

@@ -12,6 +12,7 @@ from open_clip.loss import CoCaLoss
 from torch import Tensor
 
 from mmfoundry.models.clip import CLIP, ClipConfig
+from mmfoundry.models.flops import open_clip_work
 from mmfoundry.models.interop.any_clip import (
     OPEN_CLIP_CONFIG,
     before_training,
@@ -69,6 +70,31 @@ def test_features_are_theirs_however_captions_are_padded(kind: str) -> None:
         assert (output.bias is None) == (theirs.logit_bias is None)
     assert text.std(0).mean() > 1e-3  # captions differ
     assert made.trims == (kind in ("resnet", "convnext"))
+
+
+@pytest.mark.parametrize("groups", [2, 4, 9])
+@pytest.mark.parametrize("kind", ["resnet", "convnext"])
+def test_groups_give_the_same_features_and_gradients_in_order(kind: str, groups: int) -> None:
+    made = model(kind).double()
+    if kind == "convnext":  # as configs that name the end of text
+        made.open_clip.text.pool_type, made.open_clip.text.eos_id = "eos", int(batch(made)["text"].max())
+    lengths, found = [], []
+    for made.groups in (1, groups):
+        reads = made._text.transformer.register_forward_pre_hook(lambda _, args: lengths.append(args[0].shape[:2]))
+        output = made(batch(made)).text_bD
+        found.append((output, *torch.autograd.grad((output**3).sum(), list(made.parameters()), allow_unused=True)))
+        reads.remove()
+    torch.testing.assert_close(found[0], found[1], rtol=1e-7, atol=1e-7)  # fp64
+    assert lengths[0] == (4, CONTEXT)
+    assert len(lengths) == 1 + min(groups, 4)
+    assert sum(rows for rows, _ in lengths[1:]) == 4
+    assert {(1, 2), (1, 3), (1, 5), (1, 6)} == {*lengths[1:]} or groups == 2
+    work = {}
+    made.float()
+    for made.groups in (1, groups):
+        work[made.groups] = open_clip_work(made)(batch(made))
+    assert work[groups].tokens < work[1].tokens
+    assert work[groups].flops < work[1].flops
 
 
 @pytest.mark.parametrize("kind", KINDS)

@@ -1,6 +1,7 @@
 """The moving average is that of the weights that the checkpoints hold, at every ZeRO stage, over an interruption."""
 
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -9,6 +10,7 @@ from safetensors.torch import load_file
 from mmfoundry.pipeline import checkpoint
 from mmfoundry.pipeline.distributed import init_runtime
 from mmfoundry.pipeline.ema import averaged_weights
+from mmfoundry.pipeline.metrics import read_metrics
 from tests.pipeline.tiny_training import train_tiny, trainer_config
 from tests.ranks import run_ranks
 
@@ -42,6 +44,35 @@ def test_it_averages_the_weights(stage: int, tmp_path: Path) -> None:
     assert found.keys() == expected.keys() - {"calls"}
     for name, value in found.items():
         torch.testing.assert_close(value, expected[name], rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize(
+    ("world", "stage"), [(1, 0), (2, 1), (2, 3), *(pytest.param(2, stage, marks=pytest.mark.slow) for stage in (0, 2))]
+)
+def test_evaluations_look_at_it_too_and_change_nothing(world: int, stage: int, tmp_path: Path) -> None:
+    same = {"max_steps": 4, "ema": {"decay": DECAY}, "zero_optimization": {"stage": stage}}
+    looked = trainer_config(**same, eval_steps=1, save_steps=1, keep_checkpoints=9)
+
+    def trained(name: str, trainer: dict[str, Any], *stopped: Any) -> Any:
+        arguments = (str(tmp_path / name), {"trainer": trainer, "dropout": 0.3}, *stopped)
+        return train_tiny(None, *arguments) if world == 1 else run_ranks(train_tiny, world, *arguments)[0]
+
+    assert trained("looked", looked, ("SIGTERM", 3, 0)) == 85  # the checkpoints are left
+    expected = [seen["eval/norm/ema"] for seen in evaluations(tmp_path / "looked.work")]
+    found, _ = averages(tmp_path / "looked.work" / "checkpoints" / "train")
+    norm = torch.cat([value.double().flatten() for value in found.values()]).norm()
+    assert expected[-1] == pytest.approx(float(norm), rel=1e-6)
+    losses, weights = trained("looked", looked)
+    seen = evaluations(tmp_path / "looked")
+    assert [line["eval/step_squared/ema"] for line in seen] == [1, 4, 9, 16]
+    assert [line["eval/norm/ema"] == line["eval/norm"] for line in seen] == [True, False, False, False]
+    plain = trained("plain", trainer_config(**same))
+    assert losses == plain[0]
+    assert all(torch.equal(value, weights[name]) for name, value in plain[1].items())
+
+
+def evaluations(folder: Path) -> list[dict[str, float]]:
+    return [line for line in read_metrics(folder / "metrics.jsonl") if "eval/norm" in line]
 
 
 def test_weights_are_what_they_are_without_it(tmp_path: Path) -> None:

@@ -144,7 +144,12 @@ def run(config: TinyConfig, context: RunContext) -> Artifact:
 
     def evaluate(model: Any, step: int) -> dict[str, float]:
         torch.rand(3), np.random.rand(3), random.random()  # must not matter to the steps that follow
-        return {"step_squared": step**2, "training": model.training + torch.is_grad_enabled()}
+        weights = [weight.detach().double().cpu().flatten() for weight in model.parameters() if weight.requires_grad]
+        return {
+            "step_squared": step**2,
+            "training": model.training + torch.is_grad_enabled(),
+            "norm": float(torch.cat(weights).norm()),
+        }
 
     result = train(
         config.trainer,

@@ -1,15 +1,19 @@
 """stages/evaluations.py: the model in training measured as the `eval` stage measures it, on any number of ranks."""
 
+import dataclasses
 import io
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
+import torch
 from PIL import Image
 from torch.distributed import ProcessGroup
 
 from mmfoundry.data.shards import write_shards
+from mmfoundry.evals.task import Clip
+from mmfoundry.models.interop.any_clip import AnyClip
 from mmfoundry.pipeline.config import parse
 from mmfoundry.pipeline.distributed import init_runtime
 from mmfoundry.pipeline.errors import ConfigError
@@ -17,6 +21,7 @@ from mmfoundry.pipeline.metrics import read_metrics
 from mmfoundry.pipeline.stage import run_stage
 from mmfoundry.stages.eval import STAGE as EVAL
 from mmfoundry.stages.eval import EvalConfig
+from mmfoundry.stages.evaluations import as_clip
 from mmfoundry.stages.pretrain import STAGE as PRETRAIN
 from mmfoundry.stages.pretrain import PretrainConfig
 from tests.ranks import run_ranks
@@ -103,6 +108,47 @@ def test_measuring_changes_nothing_and_tells_the_best(shards: Path, tmp_path: Pa
     assert by_the_eval_stage(tmp_path / "measured", shards, tmp_path / "eval")[BEST] == pytest.approx(
         max(found.values())
     )
+
+
+@pytest.mark.parametrize(("world", "stage"), [(1, 0), (2, 1), pytest.param(2, 3, marks=pytest.mark.slow)])
+def test_the_average_is_measured_beside_the_weights(shards: Path, tmp_path: Path, world: int, stage: int) -> None:
+    more = {"eval_steps": 3, "ema": {"decay": 0.6}, "zero_optimization": {"stage": stage}}
+    config = tree(shards, **more) | {"eval": evaluation(shards)}
+    output = tmp_path / "clip"
+    lines = run_ranks(train, world, str(output), config)[0] if world > 1 else train(None, str(output), config)
+    last = measured(lines)[6]
+    for suffix, folder in (("", output), ("/ema", output / "ema")):
+        expected = by_the_eval_stage(folder, shards, tmp_path / f"eval{len(suffix)}")
+        found = {
+            name.removesuffix("/ema"): value for name, value in last.items() if name.endswith("/ema") == bool(suffix)
+        }
+        assert found == {name: pytest.approx(expected[name]) for name in found}
+        assert BEST in found
+    assert any(last[f"{name}/ema"] != value for name, value in last.items() if not name.endswith("/ema"))
+
+
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+def test_the_model_computes_as_it_is_trained_and_numbers_are_wide(
+    precision: str, shards: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    seen: dict[str, list[bool]] = {"encoding": [], "elsewhere": []}
+
+    def watched(model: AnyClip) -> Clip:
+        seen["elsewhere"].append(torch.is_autocast_enabled("cpu"))
+        shown = as_clip(model)
+
+        def encode_image(pictures: torch.Tensor) -> torch.Tensor:
+            seen["encoding"].append(torch.is_autocast_enabled("cpu"))
+            found = shown.encode_image(pictures)
+            assert found.dtype == torch.float32
+            return found
+
+        return dataclasses.replace(shown, encode_image=encode_image)
+
+    monkeypatch.setattr("mmfoundry.stages.pretrain.as_clip", watched)
+    config = tree(shards, max_steps=1, eval_steps=1, precision=precision) | {"eval": evaluation(shards)}
+    train(None, str(tmp_path / "clip"), config)
+    assert seen == {"encoding": [precision == "bf16"] * 7, "elsewhere": [False]}
 
 
 def test_steps_and_evaluations_go_together(shards: Path) -> None:

@@ -144,6 +144,50 @@ def test_micro_batches_weigh_tokens_and_pairs_each_in_its_way(shards: Path, tmp_
         assert curve(found) == pytest.approx(curve(halves), rel=1e-5)
 
 
+def with_batch_norms(shards: Path, **trainer: Any) -> dict[str, Any]:
+    # SGD-like steps: Adam's first ones are signs of gradients, which rounding decides where they are next to nothing
+    optimizer = {"lr": 3e-3, "eps": 1e-2}
+    return tree(shards, "resnet", trainer={"optimizer": optimizer, **trainer})
+
+
+def statistics(group: ProcessGroup | None, output: str, config: dict[str, Any]) -> tuple[list[float], dict[str, Any]]:
+    """Losses of a training here, and the statistics that its batch normalisations are left with."""
+    losses = curve(logged(group, output, config))
+    state = read_clip(output).state_dict()
+    return losses, {name: value for name, value in state.items() if "running" in name or "tracked" in name}
+
+
+@pytest.fixture(scope="module")
+def normed(shards: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[list[float], dict[str, Any]]:
+    """A ResNet's losses and statistics on one process."""
+    return statistics(None, str(tmp_path_factory.mktemp("normed") / "out"), with_batch_norms(shards))
+
+
+@pytest.mark.parametrize(
+    ("world", "stage"), [(2, 1), (2, 3), *(pytest.param(4, stage, marks=pytest.mark.slow) for stage in (0, 1, 2))]
+)
+def test_batch_norms_see_the_joint_batch(
+    world: int, stage: int, normed: tuple[list[float], dict[str, Any]], shards: Path, tmp_path: Path
+) -> None:
+    config = with_batch_norms(shards, zero_optimization={"stage": stage})
+    for losses, kept in run_ranks(statistics, world, str(tmp_path / "out"), config):
+        assert losses == pytest.approx(normed[0], rel=1e-5)
+        torch.testing.assert_close(kept, normed[1], rtol=1e-4, atol=1e-6)
+
+
+def test_batch_norms_of_a_gradient_cache_see_each_chunk_once(shards: Path, tmp_path: Path) -> None:
+    """As micro-batches do; and the pass that is made for the loss alone leaves no trace."""
+    none = {"max_steps": 1, "optimizer": {"lr": 1e-30}}
+    chunks = with_batch_norms(shards, grad_cache_chunk_size=6, **none)
+    micro = with_batch_norms(shards, train_micro_batch_size_per_gpu=6, **none)
+    by_chunk, by_micro = (statistics(None, str(tmp_path / n), c)[1] for n, c in (("c", chunks), ("m", micro)))
+    torch.testing.assert_close(by_chunk, by_micro, rtol=0, atol=0)
+    assert {int(value) for name, value in by_chunk.items() if "tracked" in name} == {2}
+    shared = with_batch_norms(shards, grad_cache_chunk_size=3, **none)  # of each of two ranks: 6 in all
+    for _, kept in run_ranks(statistics, 2, str(tmp_path / "two"), shared):
+        assert {int(value) for name, value in kept.items() if "tracked" in name} == {2}
+
+
 @pytest.mark.parametrize("kind", ["convnext", "resnet"])
 def test_other_towers_learn(kind: str, shards: Path, tmp_path: Path) -> None:
     trainer = {"max_steps": 8, "optimizer": {"lr": 1e-3}, "precision": "bf16", "gradient_checkpointing": True}
@@ -172,6 +216,61 @@ def test_a_locked_resnet_stays_whole_and_what_it_costs_is_logged(
         parse(PretrainConfig, tree(shards, **ours, lock_image=True, lock_image_freeze_bn_stats=True))
 
 
+def test_patches_are_left_out_and_seen_again(shards: Path, tmp_path: Path) -> None:
+    """FLIP, then its last steps on whole pictures: with open_clip's own dropout, which a saved config tells of."""
+    none = {"max_steps": 1, "optimizer": {"lr": 1e-30}}
+    outputs = {share: tmp_path / str(share) for share in (None, 0.5, 0.0)}
+    losses = {None: curve(logged(None, str(outputs[None]), tree(shards, trainer=none)))}
+    losses[0.5] = curve(logged(None, str(outputs[0.5]), tree(shards, trainer=none, force_patch_dropout=0.5)))
+    again = {"model": None, "initial": str(outputs[0.5])}
+    losses[0.0] = curve(logged(None, str(outputs[0.0]), tree(shards, trainer=none, force_patch_dropout=0.0, **again)))
+    assert losses[0.5] != pytest.approx(losses[None], rel=1e-3)
+    assert losses[0.0] == pytest.approx(losses[None], rel=1e-6)
+    for share, found in ((0.5, "PatchDropout"), (0.0, "Identity")):
+        model = read_clip(outputs[share])
+        assert isinstance(model, OpenClip)
+        assert type(model.open_clip.visual.patch_dropout).__name__ == found
+        assert model.config.open_clip["vision_cfg"]["patch_dropout"] == share
+    with pytest.raises(ConfigError, match=r"force_patch_dropout: open_clip cannot build .*patch_drop_rate"):
+        logged(None, str(tmp_path / "no"), tree(shards, "convnext", force_patch_dropout=0.5))
+
+
+@pytest.mark.parametrize("kind", ["resnet", "coca"])
+def test_one_tower_is_taken_the_rest_starts_anew(kind: str, shards: Path, tmp_path: Path) -> None:
+    none = {"max_steps": 1, "optimizer": {"lr": 1e-30}}
+    logged(None, str(tmp_path / "start"), tree(shards, kind, trainer={"max_steps": 2}))
+    start = read_clip(tmp_path / "start").state_dict()
+    fresh = OpenClip.from_seed(parse(PretrainConfig, tree(shards, kind)).model, 4).state_dict()  # type: ignore[arg-type]
+    for tower in ("image", "text"):
+        again = {"model": None, "initial": str(tmp_path / "start"), "initial_towers": tower, "seed": 4}
+        logged(None, str(tmp_path / tower), tree(shards, kind, trainer=none, **again))
+        made = {n: v for n, v in read_clip(tmp_path / tower).state_dict().items() if v.is_floating_point()}
+        weights = {name: value for name, value in made.items() if "running" not in name}
+        tiny = {"rtol": 0, "atol": 1e-20}  # the step's; what is 0 at the start is not afterwards
+        taken = {name for name, value in weights.items() if torch.allclose(value, start[name], **tiny)}
+        new = {name for name, value in weights.items() if torch.allclose(value, fresh[name], **tiny)}
+        alike = {name for name in weights if torch.allclose(start[name], fresh[name], **tiny)}  # nothing was learnt
+        assert taken | new == weights.keys()
+        pictures = {name for name in weights if name.startswith("open_clip.visual.")}
+        words = {"open_clip.logit_scale"} | {name for name in weights if "text_decoder" in name}
+        texts = weights.keys() - pictures - words
+        own = pictures if tower == "image" else texts
+        assert own <= taken
+        assert taken - own <= alike
+        assert len(own - alike) > 8
+
+
+def test_groups_of_captions_of_like_length_change_nothing_but_the_cost(shards: Path, tmp_path: Path) -> None:
+    plain, grouped = (
+        logged(None, str(tmp_path / f"g{n}"), tree(shards, "convnext", text_groups=n, trainer={"logging_steps": 1}))
+        for n in (1, 3)
+    )
+    assert curve(grouped) == pytest.approx(curve(plain), rel=1e-5)
+    assert all(b["tokens_per_second"] > 0 for b in grouped)
+    with pytest.raises(ConfigError, match="text_groups: the model reads its captions' padding"):
+        logged(None, str(tmp_path / "no"), tree(shards, text_groups=2))
+
+
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
@@ -180,9 +279,12 @@ def test_a_locked_resnet_stays_whole_and_what_it_costs_is_logged(
             r"hf_tokenizer_name is timm/ViT-B-16-SigLIP: this model reads another",
         ),
         ({"model": "coca_roberta-ViT-B-32"}, "the text tower roberta-base comes from the Hugging Face hub"),
-        ({"text_groups": 2}, "text_groups: only our own ViT towers have it"),
+        ({"text_packing": True}, "text_packing: only our own text towers have it"),
         ({"lock_image_freeze_bn_stats": True}, "lock_image_freeze_bn_stats is for a locked tower: set lock_image"),
-        ({"force_patch_dropout": 0.5}, "force_patch_dropout: only our own ViT towers have it"),
+        (
+            {"force_patch_dropout": 0.5, "model": "RN50", "objectives": {"info_nce": 1.0}},
+            "force_patch_dropout: this model's image tower is a ResNet, which has no patches",
+        ),
         ({"model": "ViT-B-32"}, "captioning needs a model with a text decoder, such as open_clip's coca_ViT-B-32"),
         ({"objectives": {"siglip": 1.0}}, r"needs model\.init_logit_bias"),
         ({"model": {"open_clip": "RN50", "embed_dim": 3}}, r"model\.embed_dim is not a known key"),
