@@ -276,7 +276,10 @@ class OpenClip(nn.Module):
     def caption_lengths(self, tokens_bL: Tensor) -> Tensor:
         """Tokens of each caption up to the position that is read, (b,), of a tower that `trims`."""
         pool, end = _pooling(self._text)
-        return (tokens_bL if pool == "argmax" else (tokens_bL == end).int()).argmax(dim=-1) + 1
+        if pool == "argmax":
+            return tokens_bL.argmax(dim=-1) + 1
+        assert end is not None  # open_clip asks for it, too
+        return (tokens_bL == end).int().argmax(dim=-1) + 1
 
     @property
     def _text(self) -> Any:

@@ -62,7 +62,8 @@ def _behind(module: _BatchNorm) -> Callable[[Tensor], Tensor] | None:
     """What a subclass does behind the normalisation; None: nothing."""
     if type(module).forward is _BatchNorm.forward:
         return None
-    from timm.layers import BatchNormAct2d  # imported here: timm takes a second, and is here if it was subclassed
+    # Imported here: timm takes a second, and is loaded already where it was subclassed.
+    from timm.layers.norm_act import BatchNormAct2d
 
     if type(module) is BatchNormAct2d:
         return lambda normalised: module.act(module.drop(normalised))
@@ -127,7 +128,7 @@ class _Saved(NamedTuple):
     weight: Tensor
     mean: Tensor
     variance: Tensor
-    count: Tensor
+    samples: Tensor
 
 
 class _Normalise(torch.autograd.Function):
@@ -166,7 +167,7 @@ class _Normalise(torch.autograd.Function):
         asked = torch.stack([grad_bias, grad_weight]).to(saved.mean.dtype)
         dist.all_reduce(asked, group=ctx.group)
         inverse_C = (saved.variance + ctx.eps).rsqrt()
-        shared_C = saved.weight * inverse_C / saved.count
+        shared_C = saved.weight * inverse_C / saved.samples
         slope_C = shared_C * asked[1] * inverse_C
         offset_C = shared_C * asked[0] - slope_C * saved.mean
         shape = [1, -1, *[1] * (saved.x.ndim - 2)]
