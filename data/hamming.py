@@ -70,7 +70,7 @@ class Nearness:
             (n, count), of `band_type`.
         """
         if self.place_bits == 1:
-            values = np.unpackbits(codes.view(np.uint8), axis=1)[:, : self.places]
+            values: np.ndarray = np.unpackbits(codes.view(np.uint8), axis=1)[:, : self.places]
         else:
             values = codes.view(np.uint16)[:, : self.places]
         found = np.zeros((len(codes), count), np.uint64)
@@ -160,7 +160,7 @@ def _search_of(codes: np.ndarray, nearness: Nearness) -> Search:
 def bands_of(codes: np.ndarray, nearness: Nearness) -> np.ndarray:
     """The bands in which codes are searched; see `Nearness.bands`."""
     count = nearness.num_bands(len(codes))
-    bands = np.empty((len(codes), count), band_type(count))
+    bands: np.ndarray = np.empty((len(codes), count), band_type(count))
     fill_bands(bands, codes, nearness)
     return bands
 

@@ -65,7 +65,9 @@ class FilterConfig(ScoringConfig, StageConfig):
         description="raw tars: an artifact, a folder, a tar, a glob, a hub id or a URL; or DataComp's metadata: a "
         "folder or pattern of parquet files (with their npz beside them)"
     )
-    filters: dict[str, Any] = Field(description="filter tree, e.g. {all: [{basic: {min_side: 64}}, exact_duplicate]}")
+    filters: dict[str, Any] = Field(
+        description="filter tree, e.g. {all: [{basic: {min_side: 64}}, exact_duplicate]}, or a list, which means `all`"
+    )
     alone: bool = Field(
         True,
         description="also judge each filter by itself, on the whole pool, for the account; false: only in sequence, so "
@@ -112,6 +114,11 @@ class FilterConfig(ScoringConfig, StageConfig):
     cache_dir: Annotated[str | None, Neutral()] = Field(
         None, description="folder for what is dear to find out, so that a changed filter finds it; null: OUTPUT.cache"
     )
+
+    @field_validator("filters", mode="before")
+    @classmethod
+    def _list_means_all(cls, filters: object) -> object:
+        return {"all": filters} if isinstance(filters, list) else filters
 
     @field_validator("filters")
     @classmethod

@@ -96,7 +96,7 @@ class SemanticDuplicate(SharedMerge):
         if not tables:
             return pl.DataFrame({"vector": pl.Series([], dtype=pl.Array(pl.Float32, 1))})
         draws = np.concatenate([table["draw"].to_numpy() for table in tables])
-        points = np.empty((len(draws), tables[0]["vector"].dtype.shape[0]), np.float32)
+        points = np.empty((len(draws), matrix_of(tables[0]["vector"].head(1)).shape[1]), np.float32)
         for end in np.cumsum([table.height for table in tables]):
             table = tables.pop(0)  # each is let go before the next is copied
             points[end - table.height : end] = matrix_of(table["vector"])

@@ -100,6 +100,13 @@ def test_a_metadata_folder_is_a_pool(pool: Path, tmp_path: Path, alone: bool, nu
     assert not (made.path / "shards").exists()
 
 
+def test_a_list_of_filters_means_all_of_them(pool: Path) -> None:
+    config = parse(FilterConfig, {"pool": str(pool), "filters": ["basic", {"near_duplicate": 3}]})
+    assert config == parse(FilterConfig, {"pool": str(pool), "filters": {"all": ["basic", {"near_duplicate": 3}]}})
+    with pytest.raises(MmfoundryError, match="give a list of filters"):
+        parse(FilterConfig, {"pool": str(pool), "filters": []})
+
+
 def test_how_the_pool_is_cut_changes_nothing(pool: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     whole = run(pool, tmp_path / "whole")
     monkeypatch.setattr(parts, "MAX_ROWS", 17)
