@@ -205,7 +205,7 @@ def exchange(
         By rank, what it sent.
     """
     sent = torch.cat(tensors)
-    received = sent.new_empty(sum(map(sum, coming)))
+    received = sent.new_empty(sum(sum(sizes) for sizes in coming))
     dist.all_to_all_single(received, sent, [sum(sizes) for sizes in coming], [sum(sizes) for sizes in going], group)
     parts = received.split([sum(sizes) for sizes in coming])
     return [list(part.split(sizes)) if sizes else [] for part, sizes in zip(parts, coming, strict=True)]

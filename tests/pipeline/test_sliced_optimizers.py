@@ -28,6 +28,7 @@ RATES = {"lamb": 0.05, "muon": 0.05, "sgd_sai": 5.0}
 NAMES = sorted(RATES)
 ROWS = 12
 CPU = {"device": "cpu"}
+SLOW = pytest.mark.slow
 
 
 class Tower(nn.Module):
@@ -108,19 +109,23 @@ def at_stage_0() -> dict[str, dict[str, Tensor]]:
     return found
 
 
+PLAIN: list[tuple[dict[str, Any], dict[str, Any]]] = [({"stage": stage}, {}) for stage in (1, 2, 3)]
+WITH_MORE: list[tuple[dict[str, Any], dict[str, Any]]] = [
+    ({"stage": 2}, {"train_micro_batch_size_per_gpu": 2}),
+    ({"stage": 3}, {"grad_cache_chunk_size": 3}),
+    ({"stage": 1, "offload_optimizer": CPU}, {}),
+    ({"stage": 3, "offload_optimizer": CPU, "offload_param": CPU}, {"train_micro_batch_size_per_gpu": 3}),
+]
+
+
 @pytest.mark.parametrize(
-    ("zero", "more"),
+    ("name", "zero", "more"),
     [
-        ({"stage": 1}, {}),
-        ({"stage": 2}, {}),
-        ({"stage": 3}, {}),
-        ({"stage": 2}, {"train_micro_batch_size_per_gpu": 2}),
-        ({"stage": 3}, {"grad_cache_chunk_size": 3}),
-        ({"stage": 1, "offload_optimizer": CPU}, {}),
-        ({"stage": 3, "offload_optimizer": CPU, "offload_param": CPU}, {"train_micro_batch_size_per_gpu": 3}),
+        *((name, *each) for name in NAMES for each in PLAIN),
+        *(("muon", *each) for each in WITH_MORE),
+        *(pytest.param(name, *each, marks=SLOW) for name in ("lamb", "sgd_sai") for each in WITH_MORE),
     ],
 )
-@pytest.mark.parametrize("name", NAMES)
 def test_two_ranks_make_the_updates_of_stage_0(
     name: str, zero: dict[str, Any], more: dict[str, Any], at_stage_0: dict[str, dict[str, Tensor]]
 ) -> None:
@@ -128,7 +133,7 @@ def test_two_ranks_make_the_updates_of_stage_0(
         assert_alike(weights, at_stage_0[name])
 
 
-@pytest.mark.slow
+@SLOW
 @pytest.mark.parametrize("world", [3, 4])
 @pytest.mark.parametrize("stage", [1, 2, 3])
 @pytest.mark.parametrize("name", NAMES)
@@ -179,9 +184,6 @@ def test_a_checkpoint_holds_the_states_of_stage_0(name: str, stage: int, tmp_pat
     assert {key: value.shape for key, value in found.items()} == {key: value.shape for key, value in expected.items()}
     for key, value in found.items():
         torch.testing.assert_close(value, expected[key], rtol=1e-4, atol=1e-6, msg=key)
-
-
-SLOW = pytest.mark.slow
 
 
 @pytest.mark.parametrize(
