@@ -65,7 +65,7 @@ class PoolFilter(Filter):
 
     It works in rounds. In each, `partial` tells of one part of the pool (a shard, a metadata file) what the others must
     know, and `merge` makes one state of all parts' partials. At last `judge` gives the verdict on the rows of a part.
-    Partials and states are tables, written as parquet: a run that was cut off goes on from them. The verdict must not
+    Partials and states are tables, kept in the cache: a run that was cut off goes on from them. The verdict must not
     depend on how the pool is cut into parts, nor on their order.
     """
 
