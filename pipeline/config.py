@@ -62,6 +62,10 @@ class StageConfig(Config):
         """Inputs that no field of its own names, but something inside one does: dotted place -> reference."""
         return {}
 
+    def place_of(self, name: str) -> str:
+        """Where a reader of an error finds an input, in the config's own words; a field is found by its dotted name."""
+        return name
+
 
 class _Loader(yaml.SafeLoader):
     """YAML as people mean it: a repeated key is an error, `1e-3` is a number, `no` and `on` are words."""

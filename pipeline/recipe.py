@@ -224,7 +224,7 @@ def check_inputs(entries: Iterable[Entry], fetch: bool = False) -> None:
                 try:
                     resolve(ref)
                 except MissingInput as error:
-                    raise MissingInput(f"{entry.name}.{field}: {error}") from error
+                    raise MissingInput(f"{entry.name}.{entry.config.place_of(field)}: {error}") from error
         made.append(entry.output)
 
 

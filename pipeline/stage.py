@@ -239,7 +239,7 @@ def resolve_inputs(stage: Stage, config: StageConfig) -> dict[str, Path]:
         try:
             found[name] = resolve(ref)
         except MissingInput as error:
-            raise MissingInput(f"{stage.name}.{name}: {error}") from error
+            raise MissingInput(f"{stage.name}.{config.place_of(name)}: {error}") from error
     return found
 
 

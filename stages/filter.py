@@ -21,7 +21,8 @@ from mmfoundry.data.decode import DecodeLimits
 from mmfoundry.data.derived.base import Models, sources_of
 from mmfoundry.data.filter_jobs import Counted, Judging
 from mmfoundry.data.filters.account import Account
-from mmfoundry.data.filters.base import Filter
+from mmfoundry.data.filters.base import Filter, name_of
+from mmfoundry.data.filters.combine import reader_of
 from mmfoundry.data.filters.examples import examples_of
 from mmfoundry.data.filters.funnel import funnel_of, truth_metrics
 from mmfoundry.data.filters.plan import Step, steps_of
@@ -141,6 +142,11 @@ class FilterConfig(ScoringConfig, StageConfig):
     def further_inputs(self) -> dict[str, str]:
         """The files that filters read."""
         return {f"filters.{number}": str(path) for number, path in enumerate(self.tree().files())}
+
+    def place_of(self, name: str) -> str:
+        """Of a file that a filter reads, the filter."""
+        file = self.further_inputs().get(name)
+        return name if file is None else f"filters: {name_of(reader_of(self.tree(), Path(file)))}"
 
     def scoring(self) -> ScoringConfig:
         """The models alone."""

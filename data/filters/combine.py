@@ -58,6 +58,13 @@ class Combination(Filter):
         return tuple(dict.fromkeys(path for child in self.children() for path in child.files()))
 
 
+def reader_of(tree: Filter, file: Path) -> Filter:
+    """The first filter of a tree, in the order of the config, whose verdict depends on a file of `tree.files()`."""
+    if isinstance(tree, Combination):
+        return reader_of(next(child for child in tree.children() if file in child.files()), file)
+    return tree
+
+
 @FILTERS.register("all")
 class All(Combination):
     """Keeps what every filter keeps, applied in the order given: each looks at what the earlier ones kept."""

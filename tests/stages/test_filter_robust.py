@@ -19,7 +19,7 @@ from mmfoundry.pipeline.artifact import Artifact
 from mmfoundry.pipeline.config import parse
 from mmfoundry.pipeline.distributed import Runtime
 from mmfoundry.pipeline.errors import MissingInput, TooManyUnreadable
-from mmfoundry.pipeline.stage import run_stage
+from mmfoundry.pipeline.stage import resolve_inputs, run_stage
 from mmfoundry.stages.filter import STAGE, FilterConfig
 from tests.data.conftest import encode, smooth
 
@@ -188,3 +188,12 @@ def test_arrays_of_objects_are_refused(tmp_path: Path) -> None:
     np.save(tmp_path / "c.npy", np.eye(2, dtype=np.float32))
     with pytest.raises(Exception, match="l14_img is object"):
         run(pool, tmp_path / "out", filters=tree)
+
+
+def test_a_missing_file_is_told_with_the_filter_that_reads_it(tmp_path: Path) -> None:
+    made = np.zeros((2, 4), np.float32)
+    np.save(tmp_path / "centroids.npy", made)
+    reference = {"image_based": {"reference": "nowhere.npy", "centroids": str(tmp_path / "centroids.npy")}}
+    tree = {"pool": str(tmp_path), "filters": {"all": ["basic", {"any": [{"not": reference}, "not_blank"]}]}}
+    with pytest.raises(MissingInput, match=r"^filter\.filters: image_based: nowhere\.npy: no such file"):
+        resolve_inputs(STAGE, parse(FilterConfig, tree))
