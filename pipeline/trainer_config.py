@@ -7,6 +7,7 @@ from typing import Annotated, Any
 from pydantic import Field, model_validator
 
 from mmfoundry.pipeline.config import Neutral
+from mmfoundry.pipeline.ema import KEY as AVERAGE
 from mmfoundry.pipeline.ema import EmaConfig
 from mmfoundry.pipeline.engine_config import EngineConfig
 from mmfoundry.pipeline.errors import ConfigError
@@ -74,6 +75,11 @@ class TrainerConfig(EngineConfig):
             raise ValueError("metric_for_best_model needs eval_steps: nothing is evaluated while training")
         if self.load_best_model_at_end and self.metric_for_best_model is None:
             raise ValueError("load_best_model_at_end needs metric_for_best_model")
+        if self.load_best_model_at_end and str(self.metric_for_best_model).rpartition("/")[2] == AVERAGE:
+            raise ValueError(
+                f"load_best_model_at_end ends with the training's own weights, and {self.metric_for_best_model} is the "
+                f"average's: name the metric without /{AVERAGE}"
+            )
         return self
 
 

@@ -69,6 +69,10 @@ def test_what_best_needs() -> None:
         parse(TrainerConfig, base | {"metric_for_best_model": "x"})
     with pytest.raises(ConfigError, match="load_best_model_at_end needs metric_for_best_model"):
         parse(TrainerConfig, base | {"load_best_model_at_end": True})
+    averaged = {"eval_steps": 1, "ema": {"decay": 0.5}, "metric_for_best_model": "recall/ema"}
+    parse(TrainerConfig, base | averaged)
+    with pytest.raises(ConfigError, match=r"recall/ema is the average's: name the metric without /ema"):
+        parse(TrainerConfig, base | averaged | {"load_best_model_at_end": True})
 
 
 def test_an_unknown_number_is_named(tmp_path: Path) -> None:
