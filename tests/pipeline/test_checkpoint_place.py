@@ -79,7 +79,7 @@ def test_an_unknown_number_is_named(tmp_path: Path) -> None:
     error = train_tiny(
         None, str(tmp_path / "out"), {"trainer": trainer_config(eval_steps=2, metric_for_best_model="recall")}
     )
-    assert error == "metric_for_best_model: no evaluation gives recall; there are: step_squared, training"
+    assert error == "metric_for_best_model: no evaluation gives recall; there are: norm, step_squared, training"
 
 
 @pytest.mark.parametrize("stage", [0, 1, 3])

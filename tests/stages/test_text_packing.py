@@ -80,7 +80,7 @@ def test_tokens_that_are_counted(shards: Path, tmp_path: Path) -> None:  # noqa:
     ("changes", "message"),
     [
         ({"text_groups": 2}, "text_packing leaves no padding for text_groups to spare"),
-        ({"model": {"open_clip": "ViT-B-32"}}, "text_packing: only our own ViT towers have it"),
+        ({"model": {"open_clip": "ViT-B-32"}}, "text_packing: only our own text towers have it"),
     ],
 )
 def test_what_is_refused(changes: dict[str, Any], message: str, shards: Path) -> None:  # noqa: F811
