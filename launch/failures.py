@@ -5,7 +5,6 @@ from __future__ import annotations
 import os
 import signal
 import sys
-import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from types import FrameType
@@ -13,10 +12,10 @@ from typing import NoReturn
 
 from mmfoundry.pipeline.errors import PREEMPTED_EXIT_CODE, MmfoundryError, disk_full
 from mmfoundry.pipeline.ranks import leave_error
+from mmfoundry.pipeline.signals import STOPPING, listening
 
 USER_ERROR = 2
 INTERRUPTED = 130
-_STOPPING = (signal.SIGTERM, signal.SIGUSR1)  # by which schedulers announce the end
 
 
 class _ToldToStop(BaseException):
@@ -63,22 +62,17 @@ def _stopping_in_order() -> Iterator[None]:
     The second signal ends the process at once. One of several ranks is left to its starter, which knows what a rank
     means that a signal ended: in a collective it would not hear of the signal before the others come.
     """
-    alone = os.environ.get("WORLD_SIZE", "1") == "1"
-    if not alone or threading.current_thread() is not threading.main_thread():  # Python delivers signals nowhere else
+    if os.environ.get("WORLD_SIZE", "1") != "1":
         yield
         return
 
     def stop(number: int, frame: FrameType | None) -> None:
-        for each in _STOPPING:
+        for each in STOPPING:
             signal.signal(each, signal.SIG_DFL)
         raise _ToldToStop
 
-    before = {number: signal.signal(number, stop) for number in _STOPPING}
-    try:
+    with listening(stop):
         yield
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)
 
 
 def _drop_output() -> None:

@@ -15,10 +15,10 @@ from collections.abc import Sequence
 from types import FrameType
 
 from mmfoundry.pipeline.errors import PREEMPTED_EXIT_CODE
+from mmfoundry.pipeline.signals import STOPPING
 
 # What torchrun hands to its ranks by itself, less SIGTERM: it would end them after 30 s, saved or not.
 _TORCHRUNS = "SIGINT,SIGHUP,SIGQUIT"
-_PASSED_ON = (signal.SIGTERM, signal.SIGUSR1)
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -38,7 +38,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         if not _send_to_children(number):
             raise SystemExit(PREEMPTED_EXIT_CODE)
 
-    for number in _PASSED_ON:
+    for number in STOPPING:
         signal.signal(number, pass_on)
     from torch.distributed import run
     from torch.distributed.elastic.multiprocessing.errors import ChildFailedError

@@ -6,7 +6,6 @@ For many machines use `deepspeed`, `torchrun` or `srun` with the scripts in laun
 from __future__ import annotations
 
 import os
-import signal
 import socket
 import subprocess
 import sys
@@ -19,6 +18,7 @@ from pathlib import Path
 from types import FrameType
 
 from mmfoundry.pipeline.errors import PREEMPTED_EXIT_CODE, MmfoundryError
+from mmfoundry.pipeline.signals import listening
 
 # A rank writes its user error here instead of printing it: the starter prints it, once.
 ERROR_FILE = "MMFOUNDRY_ERROR_FILE"
@@ -26,8 +26,6 @@ ERROR_FILE = "MMFOUNDRY_ERROR_FILE"
 WATCH_STDIN = "MMFOUNDRY_WATCH_STDIN"
 _POLL_S = 0.1
 _GRACE_S = 10.0
-# On these a training saves its state and ends; a scheduler sends them to the starter alone.
-_PASSED_ON = (signal.SIGTERM, signal.SIGUSR1)
 
 
 def start_ranks(module: str, arguments: list[str], processes: int) -> None:
@@ -67,9 +65,6 @@ def start_ranks(module: str, arguments: list[str], processes: int) -> None:
 def _passing_on(ranks: Sequence[subprocess.Popen[bytes]]) -> Iterator[set[int]]:
     """Send what tells this process to stop to the ranks instead; the signals that came are gathered in the set."""
     told: set[int] = set()
-    if threading.current_thread() is not threading.main_thread():  # only there can handlers be set
-        yield told
-        return
 
     def pass_on(number: int, frame: FrameType | None) -> None:
         told.add(number)
@@ -77,12 +72,8 @@ def _passing_on(ranks: Sequence[subprocess.Popen[bytes]]) -> Iterator[set[int]]:
             if rank.poll() is None:
                 rank.send_signal(number)
 
-    before = {number: signal.signal(number, pass_on) for number in _PASSED_ON}
-    try:
+    with listening(pass_on):  # a scheduler sends them to the starter alone
         yield told
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)
 
 
 def _free_port() -> int:

@@ -11,8 +11,6 @@ batch, as 0-d tensors under `loss_weights`: it multiplies by itself.
 
 from __future__ import annotations
 
-import signal
-import threading
 import time
 from collections import deque
 from collections.abc import Callable, Generator, Iterator, Mapping
@@ -36,6 +34,7 @@ from mmfoundry.pipeline.measured import Measured
 from mmfoundry.pipeline.optimizers import ParamGroup, build_optimizer, decay_groups
 from mmfoundry.pipeline.rng import rng_state, set_rng_state
 from mmfoundry.pipeline.schedules import lr_factor
+from mmfoundry.pipeline.signals import listening
 from mmfoundry.pipeline.stage import CHECKPOINTS, RunContext
 from mmfoundry.pipeline.trainer_config import TrainerConfig, steps_of
 from mmfoundry.pipeline.updates import Updates
@@ -171,7 +170,8 @@ class _Training:
             raise ConfigError(f"{phase}: eval_steps is {config.eval_steps}, but no evaluation is given: leave it at 0")
 
     def run(self, param_groups: list[ParamGroup] | None) -> TrainResult:
-        with _Preemption() as self.preemption:  # from here on a signal ends in a checkpoint, also while all is built
+        self.preemption = _Preemption()
+        with listening(self.preemption.ask):  # from here on a signal ends in a checkpoint, also while all is built
             return self._run(param_groups)
 
     def _run(self, param_groups: list[ParamGroup] | None) -> TrainResult:
@@ -400,22 +400,10 @@ class _Training:
 
 
 class _Preemption:
-    """Turns SIGTERM and SIGUSR1, by which schedulers announce the end, into a question the loop asks."""
-
-    SIGNALS = (signal.SIGTERM, signal.SIGUSR1)
+    """Turns the signals by which schedulers announce the end into a question the loop asks."""
 
     def __init__(self) -> None:
         self.asked = False
-        self._before: dict[int, Any] = {}
 
-    def _ask(self, number: int, frame: FrameType | None) -> None:
+    def ask(self, number: int, frame: FrameType | None) -> None:
         self.asked = True
-
-    def __enter__(self) -> _Preemption:
-        if threading.current_thread() is threading.main_thread():  # Python delivers signals nowhere else
-            self._before = {number: signal.signal(number, self._ask) for number in self.SIGNALS}
-        return self
-
-    def __exit__(self, *unused: object) -> None:
-        for number, handler in self._before.items():
-            signal.signal(number, handler)
